@@ -1,0 +1,169 @@
+"""`toto evaluate probe` and `toto evaluate bits`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from toto.commands.parsing import parse, parse_source, take_word
+from toto.evaluation.features import open_backbone
+from toto.evaluation.labelled import LabelledClips, folder_clips, procedural_clips, split_by_share
+from toto.evaluation.probe import ProbeConfig
+from toto.evaluation.read_out import bits, probe
+from toto.evaluation.result import Metric, Result
+from toto.model.weights import load_card
+from toto.runtime.device import Precision
+from toto.tokens.passport import Passport
+from toto.tokens.tokenizer import EMBEDDED, load_tokenizer
+
+PROCEDURAL = "procedural"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """Train an average-pool and an attention-pool probe on every layer of a frozen checkpoint.
+
+    Attributes:
+        checkpoint: a checkpoint or run folder, or a hub id.
+        data: a folder of class folders, or "procedural" for the motions that are made by code.
+        test: another such folder to test on; without it, a share of DATA is held back.
+        test_share: that share.
+        clips: how many procedural clips are made for training; a third as many for testing.
+        out: write the result record to this JSON file.
+        tokenizer: "embedded", or a tokenizer folder.
+        stride: of the frames of videos; by default that of the model's training data.
+        batch: clips in one pass of the trunk.
+        precision: auto, bf16 or fp32, of the trunk.
+        device: auto, cpu, cuda, ...
+        probe: how the heads are trained.
+    """
+
+    checkpoint: str
+    data: str
+    test: Path | None = None
+    test_share: float = 0.3
+    clips: int = 480
+    out: Path | None = None
+    tokenizer: str = EMBEDDED
+    stride: int | None = None
+    batch: int = 8
+    precision: Precision = "auto"
+    device: str = "auto"
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitsOptions:
+    """Held-out bits per visual token, beside the unigram entropy and copying the frame before.
+
+    Attributes:
+        checkpoint: a checkpoint or run folder, or a hub id.
+        train: the shards that the baselines are fitted on, [image:|video:]FOLDER.
+        heldout: the shards that are measured, in the same form.
+        windows: at most this many of each held-out source, spread evenly over it.
+        out: write the result record to this JSON file.
+        precision: auto, bf16 or fp32.
+        device: auto, cpu, cuda, ...
+    """
+
+    checkpoint: str
+    train: tuple[str, ...]
+    heldout: tuple[str, ...]
+    windows: int = 256
+    out: Path | None = None
+    precision: Precision = "auto"
+    device: str = "auto"
+
+
+def run(words: list[str]) -> None:
+    """Parse, evaluate, print a table, and write the record where one is asked for."""
+    task, rest = take_word(words, verb="evaluate", what="TASK", known=["probe", "bits"])
+    if task == "bits":
+        options = parse(BitsOptions, rest, verb="evaluate bits")
+        result, out = evaluate_bits(options), options.out
+        print_bits(result)
+    else:
+        asked = parse(ProbeOptions, rest, verb="evaluate probe")
+        result, out = evaluate_probe(asked), asked.out
+        print_probe(result)
+    if out:
+        result.save(out)
+
+
+def evaluate_probe(options: ProbeOptions) -> Result:
+    """The probe's record for these options."""
+    card = load_card(options.checkpoint)
+    backbone = open_backbone(
+        options.checkpoint,
+        load_tokenizer(options.tokenizer),
+        device=options.device,
+        precision=options.precision,
+    )
+    train, test = _clips(options, frames=card.sequence["frames"], stride=options.stride or card.sequence["stride"])
+    backbone.modality = train.modality
+    return probe(backbone, train, test, config=options.probe, checkpoint=options.checkpoint, batch=options.batch)
+
+
+def evaluate_bits(options: BitsOptions) -> Result:
+    """The record of held-out bits for these options."""
+    return bits(
+        options.checkpoint,
+        train=tuple(parse_source(text) for text in options.train),
+        heldout=tuple(parse_source(text) for text in options.heldout),
+        most=options.windows,
+        device=options.device,
+        precision=options.precision,
+    )
+
+
+def print_probe(result: Result) -> None:
+    """The table by layer, with intervals and the chance level."""
+    table = Table(title="Probe accuracy by layer, with 95 % bootstrap intervals over test clips")
+    for name in ("layer", "average pool", "attention pool"):
+        table.add_column(name, justify="right")
+    rows: dict[int, dict[str, str]] = {}
+    for row in result.details["by_layer"]:
+        mark = " *" if result.details["chosen_layer"][row["pool"]] == row["layer"] else "  "
+        text = f"{100 * row['test']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]{mark}"
+        rows.setdefault(row["layer"], {})[row["pool"]] = text
+    for layer, cells in rows.items():
+        table.add_row(str(layer), cells["average"], cells["attention"])
+    Console().print(table)
+    print(f"* chosen on a slice of the training clips; chance {100 * result.metrics['chance'].value:.1f}")
+    print(f"{result.evaluated} of {result.offered} test clips evaluated, {result.failed} could not be read")
+
+
+def print_bits(result: Result) -> None:
+    """Bits of model and baselines, over all frames, first frames and later ones."""
+    table = Table(title="Held-out bits per visual token")
+    for name in ("", "all frames", "first frame", "later frames"):
+        table.add_column(name, justify="right")
+    for name in ("model", "unigram", "copy"):
+        cells = [result.metrics.get(f"{name}_bits{part}") for part in ("", "_first_frame", "_later_frames")]
+        table.add_row(name, *(_cell(metric) for metric in cells))
+    Console().print(table)
+    print(
+        f"{result.evaluated} windows of {result.protocol['frames']} frames; copy rate {result.protocol['copy_rate']:.2f}"
+    )
+
+
+def _cell(metric: Metric | None) -> str:
+    if metric is None:
+        return "-"
+    interval = "" if metric.low is None or metric.high is None else f" [{metric.low:.2f}, {metric.high:.2f}]"
+    return f"{metric.value:.3f}{interval}"
+
+
+def _clips(options: ProbeOptions, *, frames: int, stride: int) -> tuple[LabelledClips, LabelledClips]:
+    if options.data == PROCEDURAL:
+        passport = Passport.from_dict(load_card(options.checkpoint).passport, where=options.checkpoint)
+        size = 64 if passport.frame_size is None else passport.frame_size[0]
+        train = procedural_clips(1, options.clips, frames=frames, size=size)
+        return train, procedural_clips(2, max(6, options.clips // 3), frames=frames, size=size)
+    train = folder_clips(Path(options.data), frames=frames, stride=stride)
+    if options.test is None:
+        return split_by_share(train, options.test_share, seed=options.probe.seed)
+    return train, folder_clips(options.test, frames=frames, stride=stride, classes=train.classes)

@@ -1,0 +1,77 @@
+"""Words of a command line -> a frozen dataclass; what doesn't fit is one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from toto.runtime.errors import ConfigError
+from toto.training.mixture import SourceConfig
+
+Options = TypeVar("Options")
+
+
+def parse(kind: type[Options], words: list[str], *, verb: str, default: Options | None = None) -> Options:
+    """Parse all words into `kind`; `--help` prints and exits.
+
+    Raises:
+        ConfigError: an unknown option, a missing one, or a value that doesn't fit.
+    """
+    preset = tyro.MISSING_NONPROP if default is None else default
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(kind, prog=f"toto {verb}", args=words, default=preset)
+    except SystemExit as leave:
+        if leave.code in (0, None):
+            raise
+        raise ConfigError(_condensed(shown.getvalue()), where=f"toto {verb}", fix=f"see `toto {verb} --help`") from None
+
+
+def take_word(words: list[str], *, verb: str, what: str, known: list[str]) -> tuple[str, list[str]]:
+    """The first word, which must be one of the known ones, and the rest; `--help` alone lists them."""
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: toto {verb} {{{','.join(known)}}} ...\n\n`toto {verb} {what} --help` tells more.")
+        raise SystemExit(0 if words else 2)
+    if words[0] not in known:
+        raise ConfigError(
+            f"unknown {what.lower()} {words[0]!r}", where=f"toto {verb}", fix=f"known: {', '.join(known)}"
+        )
+    return words[0], words[1:]
+
+
+def parse_source(text: str) -> SourceConfig:
+    """Read `[image:|video:]FOLDER[=WEIGHT]`.
+
+    >>> parse_source("image:shards/photos=0.2").weight
+    0.2
+    """
+    modality, colon, rest = text.partition(":")
+    if not colon or modality not in ("image", "video"):
+        modality, rest = "video", text
+    folder, equals, weight = rest.rpartition("=")
+    if not equals:
+        folder, weight = rest, "1"
+    try:
+        share = float(weight)
+    except ValueError:
+        raise ConfigError(f"weight {weight!r} is not a number", where=text, fix="write FOLDER=0.2") from None
+    return SourceConfig(path=Path(folder), weight=share, modality="image" if modality == "image" else "video")
+
+
+def _condensed(box: str) -> str:
+    """The message inside tyro's box, as one line."""
+    rows = [row.strip("│╭╮╰╯ ").strip() for row in box.splitlines()]
+    sections: list[list[str]] = [[]]
+    for row in rows[1:]:
+        if row and not row.strip("─"):
+            sections.append([])
+        elif row:
+            sections[-1].append(row)
+    said = " ".join(sections[0])
+    hints = [section for section in sections[1:] if section and section[0].startswith("Perhaps you meant")]
+    return said.rstrip(".") + (f" (perhaps you meant {hints[0][1].split()[0]})" if hints and len(hints[0]) > 1 else "")

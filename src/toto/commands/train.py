@@ -1,0 +1,60 @@
+"""`toto train RECIPE --out RUN --data SHARDS`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from toto.commands.parsing import parse, parse_source, take_word
+from toto.evaluation.likelihood import heldout_evaluation
+from toto.model.budget import parameter_line
+from toto.model.weights import load_model
+from toto.recipes import PRETRAINING
+from toto.runtime.metrics import read_metrics
+from toto.training.config import TrainConfig
+from toto.training.loop import train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Pre-train a model on shards; `--resume` continues a run.
+
+    Attributes:
+        out: the run's folder.
+        data: what is trained on, [image:|video:]FOLDER[=WEIGHT]; several make a mixture.
+        heldout: what is evaluated on, in the same form.
+        resume: continue the run in OUT from its newest checkpoint, exactly.
+        recipe: every value of the recipe, to be changed one by one.
+    """
+
+    out: Path
+    data: tuple[str, ...]
+    heldout: tuple[str, ...] = ()
+    resume: bool = False
+    recipe: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.SuppressFixed]
+
+
+def run(words: list[str]) -> None:
+    """Parse, train, and print where the model is and what it reached."""
+    name, rest = take_word(words, verb="train", what="RECIPE", known=list(PRETRAINING))
+    preset = Options(out=tyro.MISSING, data=tyro.MISSING, recipe=PRETRAINING[name]())
+    options = parse(Options, rest, verb=f"train {name}", default=preset)
+    data = dataclasses.replace(
+        options.recipe.data,
+        sources=tuple(parse_source(text) for text in options.data),
+        heldout=tuple(parse_source(text) for text in options.heldout),
+    )
+    config = dataclasses.replace(options.recipe, data=data)
+    evaluate = None
+    if data.heldout:
+        evaluate = heldout_evaluation(
+            data.heldout, frames=data.frames, most=config.eval_sequences, precision=config.precision
+        )
+    last = train(config, options.out, evaluate=evaluate, resume=options.resume)
+    print(f"{last}: {parameter_line(load_model(last).config)}")
+    final = read_metrics(options.out)[-1]
+    print(", ".join(f"{key} {value:.4g}" for key, value in final.items()))

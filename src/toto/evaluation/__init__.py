@@ -1,0 +1,1 @@
+"""Weights -> numbers: what a trained model knows, measured."""

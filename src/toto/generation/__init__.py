@@ -1,0 +1,1 @@
+"""Logits -> codes -> pixels, from a trained model."""

@@ -1,0 +1,105 @@
+"""The architecture of a Toto model, and the named sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from toto.runtime.errors import ConfigError
+
+MlpRule = Literal["labels", "llama"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A LLaMA-style causal transformer (paper, section 3.2).
+
+    Attributes:
+        vocab_size: ids a sequence may hold, special ids included; None takes it from the training data.
+        width: D.
+        layers: how many blocks.
+        heads: N; the head size K is width / heads.
+        mlp_hidden: hidden width of SwiGLU. Not published; see `size`.
+        rope_base: base of the rotary position angles (paper: 10,000; 50,000 when fine-tuned at 32 x 32 tokens).
+        norm_eps: epsilon of RMSNorm. Not published.
+        tie_embeddings: whether the output layer shares the embedding's weights. Not published.
+        init_std: standard deviation of the initial weights; those that write into the residual stream get
+            init_std / sqrt(2 x layers). Not published.
+        parametrisation: how widths scale the initialisation and learning rates.
+    """
+
+    vocab_size: int | None = None
+    width: int
+    layers: int
+    heads: int
+    mlp_hidden: int
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    parametrisation: Literal["standard"] = "standard"
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "mlp_hidden"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", where=f"model.{name}")
+        if self.width % self.heads or self.head_size % 2:
+            raise ConfigError(
+                f"width {self.width} doesn't give {self.heads} heads of an even size",
+                where="model.heads",
+                fix="change one",
+            )
+        if self.rope_base <= 1:
+            raise ConfigError(f"must be above 1, is {self.rope_base}", where="model.rope_base")
+
+    @property
+    def head_size(self) -> int:
+        """K."""
+        return self.width // self.heads
+
+    @property
+    def vocabulary(self) -> int:
+        """`vocab_size`, which must be known by now."""
+        if self.vocab_size is None:
+            raise ConfigError("is not set yet", where="model.vocab_size", fix="give the tokenizer's vocabulary + 4")
+        return self.vocab_size
+
+
+SHAPES = {
+    "nano": (128, 4, 4),
+    "tiny": (256, 6, 4),
+    "small": (512, 8, 8),
+    "base": (768, 12, 12),
+    "large": (1024, 16, 16),
+    "1b": (2048, 22, 16),
+}
+LABEL_HIDDEN = {"base": 3072, "large": 4096, "1b": 5632}
+LLAMA_HIDDEN = {"base": 2048, "large": 2816, "1b": 5632}
+
+
+def size(name: str, *, vocab_size: int | None = None, mlp: MlpRule = "labels") -> ModelConfig:
+    """A model of a named size: base, large and 1b of the paper's Table 1, or nano, tiny and small for laptops.
+
+    The paper does not publish the MLP widths. "labels" takes those that give the sizes its labels say (120m, 280m,
+    1.1b): 3072, 4096, 5632. "llama" takes LLaMA's rule, 8/3 of the width rounded up to 256: 2048, 2816, 5632. The
+    small sizes use the latter's ratio, rounded up to 64.
+
+    Raises:
+        ConfigError: no such size.
+    """
+    if name not in SHAPES:
+        raise ConfigError(f"unknown size {name!r}", where="model", fix=f"known sizes: {', '.join(SHAPES)}")
+    width, layers, heads = SHAPES[name]
+    hidden = (LABEL_HIDDEN if mlp == "labels" else LLAMA_HIDDEN).get(name, -(-8 * width // 3 // 64) * 64)
+    return ModelConfig(vocab_size=vocab_size, width=width, layers=layers, heads=heads, mlp_hidden=hidden)
+
+
+def with_vocabulary(config: ModelConfig, vocab_size: int) -> ModelConfig:
+    """The configuration for this vocabulary; one that names another vocabulary is refused."""
+    if config.vocab_size not in (None, vocab_size):
+        raise ConfigError(
+            f"is {config.vocab_size}, the data needs {vocab_size}",
+            where="model.vocab_size",
+            fix="leave it out",
+        )
+    return replace(config, vocab_size=vocab_size)

@@ -1,0 +1,1 @@
+"""The process, not the work: device, seed, interruption, files, metrics, progress, errors."""

@@ -1,0 +1,45 @@
+"""Which device computes, and in which precision."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+
+from toto.runtime.errors import ConfigError
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The named device, or for "auto" the first GPU where there is one and the CPU elsewhere."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"can't use this device ({reason})", where=f"--device {name}", fix="use auto or cpu"
+        ) from None
+    return device
+
+
+def use_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether matrix products run in bfloat16; "auto" asks whether the device has fast ones."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    fast = torch.cpu.get_capabilities()
+    return bool(fast.get("avx512_bf16") or fast.get("amx_bf16") or fast.get("bf16"))
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """A context in which matrix products run in bfloat16, or one that changes nothing."""
+    if use_bf16(precision, device):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()

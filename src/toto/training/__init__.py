@@ -1,0 +1,1 @@
+"""What runs only while weights change: data order, objective, optimizer, checkpoints, the loop."""

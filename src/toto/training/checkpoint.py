@@ -1,0 +1,139 @@
+"""Checkpoints of a run: `checkpoints/step-NNNNNNNN`, each written aside and renamed.
+
+Beside the model for inference (`config.json`, `model.safetensors`) lies `trainer/`, written by
+torch.distributed.checkpoint: weights and optimizer state, from which training goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from toto.model.transformer import Transformer
+from toto.model.weights import Card, load_card, save_model
+from toto.runtime.errors import CheckpointError
+from toto.runtime.files import folder_written_aside
+
+TRAINER = "trainer"
+ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
+    "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+    "pathlib._local": {"Path", "PosixPath", "WindowsPath"},
+}
+
+
+def save_checkpoint(
+    run: Path, model: Transformer, optimizer: torch.optim.Optimizer, card: Card, *, step: int, keep: int
+) -> Path:
+    """Save after `step` finished steps, then delete all but the newest `keep` checkpoints."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    if not folder.exists():
+        with folder_written_aside(folder) as aside:
+            save_model(aside, model, card)
+            with _quiet():
+                save(_state(model, optimizer), checkpoint_id=str(aside / TRAINER), no_dist=True)
+    for old in sorted(folder.parent.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def restore_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> Card:
+    """Load weights and optimizer state in place; returns the checkpoint's card.
+
+    Raises:
+        CheckpointError: it is damaged, or of another architecture.
+    """
+    _fill_state(optimizer)
+    state = _state(model, optimizer)
+    try:
+        with _quiet():
+            load(state, storage_reader=_SafeReader(str(folder / TRAINER)), no_dist=True)
+    except (
+        CheckpointException,
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"trainer state can't be read ({reason})",
+            where=folder,
+            fix="delete this checkpoint to use the one before it",
+        ) from None
+    return load_card(folder)
+
+
+def _state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """All tensors that training goes on from, by name; loading fills them in place."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    moments = {names[id(weight)]: dict(values) for weight, values in optimizer.state.items()}
+    return {"model": dict(model.named_parameters()), "optimizer": moments}
+
+
+def _fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer its moments, as one step with a zero gradient and rate would."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+class _SafeReader(FileSystemReader):
+    """Reads metadata through an allow-list: torch's own reader would execute any pickle it finds there."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The checkpoint's table of tensors."""
+        content = (Path(self.path) / ".metadata").read_bytes()
+        metadata: Metadata = _AllowListUnpickler(io.BytesIO(content)).load()
+        described = metadata.storage_meta or StorageMeta()
+        described.load_id, metadata.storage_meta = self.load_id, described
+        return metadata
+
+
+class _AllowListUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Only the classes that describe tensors."""
+        if name not in ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"its metadata asks for {module}.{name}, which is not allowed")
+        return super().find_class(module, name)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the notice that there is one process only, which is so on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is.*")
+        yield

@@ -1,0 +1,85 @@
+"""Everything that decides a pre-training run, in one frozen value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from toto.model.config import ModelConfig
+from toto.runtime.device import Precision
+from toto.runtime.errors import ConfigError
+from toto.training.mixture import SourceConfig
+from toto.training.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on.
+
+    Attributes:
+        sources: shard folders with their weights and modalities.
+        heldout: shard folders that are only evaluated on.
+        frames: T, frames (or images) in a sequence (the paper: 16).
+    """
+
+    sources: tuple[SourceConfig, ...] = ()
+    heldout: tuple[SourceConfig, ...] = ()
+    frames: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A pre-training run.
+
+    Attributes:
+        data: what is trained on.
+        model: the architecture; its vocabulary comes from the data.
+        optimizer: AdamW and its schedule.
+        steps: optimizer steps.
+        batch: sequences in a step.
+        micro_batch: sequences in one forward pass; gradients are accumulated over batch / micro_batch of them.
+        seed: of the initial weights and of the data's order.
+        precision: auto, bf16 (matrix products in bfloat16, weights in fp32) or fp32.
+        device: auto, cpu, cuda, cuda:1, ...
+        log_every: steps between rows of metrics.json lines.
+        eval_every: steps between evaluations on the held-out sequences.
+        eval_sequences: at most this many of each held-out source, spread evenly over it.
+        save_every: steps between checkpoints.
+        keep: how many checkpoints are kept, the newest ones.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    steps: int
+    batch: int
+    micro_batch: int
+    seed: int = 0
+    precision: Precision = "auto"
+    device: str = "auto"
+    log_every: int = 10
+    eval_every: int = 1000
+    eval_sequences: int = 64
+    save_every: int = 1000
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch",
+            "micro_batch",
+            "log_every",
+            "eval_every",
+            "eval_sequences",
+            "save_every",
+            "keep",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", where=f"--{name.replace('_', '-')}")
+        if self.data.frames < 1:
+            raise ConfigError(f"must be at least 1, is {self.data.frames}", where="--data.frames")
+        if self.batch % self.micro_batch:
+            raise ConfigError(
+                f"{self.batch} is not a multiple of the micro-batch {self.micro_batch}",
+                where="--batch",
+                fix="change one",
+            )

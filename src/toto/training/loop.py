@@ -1,0 +1,225 @@
+"""The loop: draw a batch, step, log, evaluate, save; leave when asked, and go on exactly where it was."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toto.model.config import with_vocabulary
+from toto.model.transformer import Transformer
+from toto.model.weights import Card, newest_checkpoint
+from toto.runtime.device import autocast, pick_device
+from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
+from toto.runtime.files import read_json, sha256_of, write_json
+from toto.runtime.interrupt import stop_on_signal
+from toto.runtime.metrics import Metrics
+from toto.runtime.progress import Progress
+from toto.runtime.provenance import as_plain, write_provenance
+from toto.tokens.sequence import sequence_vocabulary
+from toto.tokens.shards import MANIFEST
+from toto.training.checkpoint import restore_checkpoint, save_checkpoint
+from toto.training.config import TrainConfig
+from toto.training.mixture import Mixture, describe, sequences_of
+from toto.training.objective import next_token_loss
+from toto.training.optimizer import learning_rate, make_optimizer
+
+Evaluate = Callable[[Transformer], dict[str, float]]
+FREE_TO_CHANGE = ("device", "keep", "log_every", "save_every", "eval_every", "eval_sequences")
+
+
+def train(config: TrainConfig, out: Path, *, evaluate: Evaluate | None = None, resume: bool = False) -> Path:
+    """Pre-train a model into a run folder; returns its last checkpoint.
+
+    Args:
+        config: the run.
+        out: the run's folder: `made.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`.
+        evaluate: called with the model every `eval_every` steps and at the end; its numbers are logged.
+        resume: continue the run that the folder holds, from its newest checkpoint.
+
+    Raises:
+        ConfigError: the data doesn't fit the model, or the folder holds a run and `resume` is not set.
+        NonFiniteLossError: the loss is no longer a number; says where and what to do.
+        InterruptedRunError: a signal arrived; everything is saved and `resume` continues.
+    """
+    run = _prepare(config, out, resume)
+    with (
+        stop_on_signal() as stop,
+        Progress("training", total=config.steps, unit="steps", done=run.step) as progress,
+    ):
+        while run.step < config.steps:
+            began = time.perf_counter()
+            loss, norm = _step(run)
+            if run.step % config.log_every == 0 or run.step == config.steps:
+                _log(run, loss, norm, time.perf_counter() - began)
+            progress.advance(
+                note=f"loss {loss:.3f}, {run.tokens_in_step / (time.perf_counter() - began):,.0f} tokens/s"
+            )
+            if evaluate and (run.step % config.eval_every == 0 or run.step == config.steps):
+                run.metrics.write(
+                    run.step, {f"heldout/{name}": value for name, value in evaluate(run.model.eval()).items()}
+                )
+            if run.step % config.save_every == 0 or run.step == config.steps or stop:
+                run.save()
+            if stop and run.step < config.steps:
+                run.metrics.close()
+                raise InterruptedRunError(
+                    f"stopped by {stop.name} after step {run.step}", where=out, fix="add --resume to continue"
+                )
+    run.metrics.close()
+    return run.save()
+
+
+@dataclass
+class _Run:
+    """A run in progress: what changes while it trains, and what it needs to."""
+
+    config: TrainConfig
+    out: Path
+    mixture: Mixture
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    metrics: Metrics
+    device: torch.device
+    step: int = 0
+
+    @property
+    def tokens_in_step(self) -> int:
+        """Predicted tokens in a step."""
+        rows, cols = self.mixture.grid
+        return self.config.batch * (self.mixture.frames * rows * cols + 1)
+
+    def save(self) -> Path:
+        """Save a checkpoint of the finished steps."""
+        card = Card(
+            passport=self.mixture.passport.to_dict(),
+            sequence=_sequence_form(self.mixture),
+            training={
+                "step": self.step,
+                "tokens": self.step * self.tokens_in_step,
+                "data": _data_hashes(self.mixture),
+            },
+        )
+        return save_checkpoint(self.out, self.model, self.optimizer, card, step=self.step, keep=self.config.keep)
+
+
+def _prepare(config: TrainConfig, out: Path, resume: bool) -> _Run:
+    """Open the data, make or restore model and optimizer, and open the metrics."""
+    device = pick_device(config.device)
+    newest = newest_checkpoint(out)
+    if newest and not resume:
+        raise ConfigError("already holds a run", where=out, fix="add --resume to continue it, or choose another --out")
+    mixture = Mixture(config.data.sources, frames=config.data.frames, seed=config.seed)
+    architecture = with_vocabulary(config.model, sequence_vocabulary(mixture.passport.vocab_size))
+    torch.manual_seed(config.seed)
+    model = Transformer(architecture).to(device)
+    optimizer = make_optimizer(model, config.optimizer)
+    resolved = replace(config, model=architecture)
+    step = 0
+    if newest:
+        _require_same_run(resolved, out)
+        card = restore_checkpoint(newest, model, optimizer)
+        if card.training.get("data") != _data_hashes(mixture):
+            raise CheckpointError(
+                "was trained on other shards", where=newest, fix="give the same data, or another --out"
+            )
+        step = int(card.training["step"])
+    else:
+        write_provenance(out, resolved)
+    metrics = Metrics(out, continue_from=step if newest else None)
+    return _Run(config, out, mixture, model, optimizer, metrics, device, step)
+
+
+def _step(run: _Run) -> tuple[float, float]:
+    """One optimizer step; returns the batch's mean loss and the gradient's norm before clipping."""
+    config = run.config
+    windows = run.mixture.windows(run.step, config.batch)
+    rate = learning_rate(run.step, config.steps, config.optimizer)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.model.train()
+    losses: list[Tensor] = []
+    for first in range(0, config.batch, config.micro_batch):
+        sequences = sequences_of(windows[first : first + config.micro_batch]).to(run.device)
+        with autocast(config.precision, run.device):
+            loss = next_token_loss(run.model, sequences)
+        (loss * config.micro_batch / config.batch).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+    norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.optimizer.clip))
+    mean = float(torch.stack(losses).mean())
+    if not (math.isfinite(mean) and math.isfinite(norm)):
+        raise _non_finite(run, mean, norm, windows)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    return mean, norm
+
+
+def _log(run: _Run, loss: float, norm: float, seconds: float) -> None:
+    rate = learning_rate(run.step - 1, run.config.steps, run.config.optimizer)
+    values = {"train/loss": loss, "train/grad_norm": norm, "train/lr": rate}
+    speed = {
+        "train/tokens": run.step * run.tokens_in_step,
+        "speed/tokens_per_second": run.tokens_in_step / seconds,
+    }
+    run.metrics.write(run.step, values | speed)
+
+
+def _non_finite(run: _Run, loss: float, norm: float, windows: list[Any]) -> NonFiniteLossError:
+    """Write down what the batch held, and say where training can go on from."""
+    run.metrics.close()
+    report = run.out / f"non-finite-step-{run.step + 1}.json"
+    write_json(report, {"step": run.step + 1, "loss": str(loss), "grad_norm": str(norm), "batch": describe(windows)})
+    last = newest_checkpoint(run.out)
+    items = ", ".join(dict.fromkeys(name for window in windows for name, _ in window.origin))
+    return NonFiniteLossError(
+        f"loss {loss}, gradient norm {norm} at step {run.step + 1} (items {items[:300]}; all in {report.name}); "
+        f"last good checkpoint: {last or 'none'}",
+        where=run.out,
+        fix="lower optimizer.peak_lr or look at these items, then --resume",
+    )
+
+
+def _sequence_form(mixture: Mixture) -> dict[str, int]:
+    rows, cols = mixture.grid
+    return {"frames": mixture.frames, "rows": rows, "cols": cols, "stride": mixture.stride}
+
+
+def _data_hashes(mixture: Mixture) -> list[str]:
+    """SHA-256 of every source's manifest, which holds the checksums of all its files."""
+    return [sha256_of(source.config.path / MANIFEST) for source in mixture.sources]
+
+
+def _require_same_run(config: TrainConfig, out: Path) -> None:
+    """Refuse to continue with options that would make it another run."""
+    before = read_json(out / "made.json", what="record of the run")["config"]
+    now = as_plain(config)
+    different = _differences(_comparable(before), _comparable(now))
+    if different:
+        raise ConfigError(
+            f"holds a run with other options ({'; '.join(different)})",
+            where=out,
+            fix="use the same, or another --out",
+        )
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide the result; where the shards lie does not, their checksums are compared instead."""
+    kept = {name: value for name, value in config.items() if name not in FREE_TO_CHANGE}
+    sources = [{**source, "path": None} for source in config["data"]["sources"]]
+    return kept | {"data": {"frames": config["data"]["frames"], "sources": sources}}
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*before, *now])
+        return [
+            line for key in keys for line in _differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))
+        ]
+    return [] if before == now else [f"{name} was {before}, is {now}"]

@@ -1,0 +1,60 @@
+"""AdamW with decay on matrices only, and the learning rate's schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from toto.runtime.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule (paper, section 3.2; decay, clipping and floor are LLaMA's, not published).
+
+    Attributes:
+        peak_lr: learning rate after the warm-up.
+        warmup_steps: steps of linear warm-up from 0.
+        floor: the last step's learning rate as a share of the peak.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: decoupled, on matrices and embeddings only.
+        clip: largest global norm of the gradient.
+    """
+
+    peak_lr: float = 3e-4
+    warmup_steps: int = 2000
+    floor: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.peak_lr) and self.peak_lr > 0):
+            raise ConfigError(f"must be positive, is {self.peak_lr}", where="optimizer.peak_lr")
+        if not 0 <= self.floor <= 1:
+            raise ConfigError(f"must lie in 0 .. 1, is {self.floor}", where="optimizer.floor")
+        if self.warmup_steps < 0 or self.clip <= 0:
+            raise ConfigError("warmup_steps must not be negative and clip must be positive", where="optimizer")
+
+
+def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Rate of step 0 .. steps - 1: linear warm-up, then a cosine down to `floor` x peak at the last step."""
+    if step < config.warmup_steps:
+        return config.peak_lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    return config.peak_lr * (config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW; vectors (norms) are not decayed."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)

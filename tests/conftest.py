@@ -1,0 +1,75 @@
+"""Fixtures: small media files made here, a random tokenizer, and stores made from them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from toto.media.encode import write_video
+from toto.media.procedural import make_clip
+from toto.tokens.dvae import DVAE, DVAEConfig, DVAETokenizer, StackConfig
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what only a GPU can show where there is none, unless one is promised."""
+    if torch.cuda.is_available() or os.environ.get("TOTO_REQUIRE_GPU"):
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; set TOTO_REQUIRE_GPU=1 to fail instead"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tests run two at a time: one thread each, the same on every machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> DVAETokenizer:
+    """A random dVAE of 64 codes whose codes vary with the picture."""
+    stack = StackConfig(widths=(8, 8), hidden=(8, 8), blocks=(1, 1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = DVAE(DVAEConfig(vocab_size=64, code_width=8, encoder=stack, decoder=stack))
+        model.codebook.copy_(torch.nn.functional.normalize(torch.randn(64, 8), dim=-1))
+    return DVAETokenizer.from_model(model, trained={})
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(folder)
+    return folder
+
+
+def make_video(path: Path, *, frames: int = 40, size: int = 64, number: int = 0, rate: float = 12) -> Path:
+    """An H.264 file of a procedural clip."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, make_clip(7, number, frames=frames, size=size).clip.frames, rate=rate)
+    return path
+
+
+def make_photo(path: Path, *, height: int = 48, width: int = 80, number: int = 0) -> Path:
+    """A JPEG of smooth noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(number).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(path, quality=95)
+    return path
+
+
+@pytest.fixture(scope="session")
+def media_folder(tmp_path_factory) -> Path:
+    """Two classes with three videos and two photographs each."""
+    root = tmp_path_factory.mktemp("media")
+    for label, name in enumerate(("slow", "fast")):
+        for number in range(3):
+            make_video(root / name / f"clip{number}.mp4", number=6 * label + number, frames=40 + 3 * number)
+        for number in range(2):
+            make_photo(root / name / f"photo{number}.jpg", number=10 * label + number)
+    return root

@@ -1,0 +1,194 @@
+"""Tokenizing: every input accounted for, the same bytes however the work is done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import make_photo, make_video
+from PIL import Image
+
+from toto.media.decode import read_media
+from toto.media.transforms import square
+from toto.runtime.errors import ConfigError, InterruptedRunError, MediaError, TotoError
+from toto.tokens import extract
+from toto.tokens.extract import TokenizeConfig, tokenize
+from toto.tokens.shards import TokenStore, read_ledger
+
+
+def config(source, out, tokenizer_folder, **options):
+    options = {"size": 32, "min_frames": 4, "workers": 0} | options
+    return TokenizeConfig(source=source, out=out, tokenizer=str(tokenizer_folder), **options)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "made.json"}
+
+
+def test_store_holds_the_tokenizers_codes_of_every_item(media_folder, tmp_path, tokenizer, tokenizer_folder):
+    store = tokenize(config(media_folder, tmp_path / "out", tokenizer_folder))
+    assert len(store) == 10
+    assert store.passport == tokenizer.at(32, 32)
+    assert store.manifest["classes"] == ["fast", "slow"]
+    assert store.manifest["ledger"] == {"ok": 10}
+    for number in range(len(store)):
+        item = store.item(number)
+        frames = read_media(media_folder / item.id, stride=4 if item.kind == "video" else 1).frames
+        assert item.frame_count == len(frames)
+        assert store.codes(number).equal(tokenizer.encode(square(frames, 32)))
+        assert item.label == item.id.split("/")[0]
+        assert item.stride == 4
+    store.verify()
+
+
+def test_frames_take_two_bytes_a_token(media_folder, tmp_path, tokenizer_folder):
+    store = tokenize(config(media_folder, tmp_path / "out", tokenizer_folder))
+    size = sum(path.stat().st_size for path in store.folder.glob("frames-*.npy"))
+    assert size <= 2 * store.frame_count * 16 + 128 * len(store.manifest["shards"])
+
+
+def test_same_bytes_at_any_number_of_workers(media_folder, tmp_path, tokenizer_folder, monkeypatch):
+    monkeypatch.setattr(extract, "BYTES_IN_SHARD", 30_000)
+    alone = tokenize(config(media_folder, tmp_path / "alone", tokenizer_folder))
+    tokenize(config(media_folder, tmp_path / "pool", tokenizer_folder, workers=2))
+    assert len(alone.manifest["shards"]) > 1
+    assert contents(tmp_path / "alone") == contents(tmp_path / "pool")
+
+
+def test_every_input_has_a_ledger_row(tmp_path, tokenizer_folder):
+    source = tmp_path / "source"
+    make_video(source / "good.mp4")
+    make_video(source / "short.mp4", frames=5)
+    shutil.copy(source / "good.mp4", source / "twin.mp4")
+    (source / "text.mp4").write_text("this is not a video\n" * 100)
+    (source / "zero.mp4").write_bytes(b"")
+    (source / "cut.mp4").write_bytes((source / "good.mp4").read_bytes()[:-3000])
+    (source / "notes.txt").write_text("hello")
+    Image.new("RGB", (1, 1)).save(source / "dot.png")
+    make_photo(source / "photo.jpg")
+    (source / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    store = tokenize(config(source, tmp_path / "out", tokenizer_folder))
+    found = {row.id: row.status for row in read_ledger(store.folder)}
+    assert found == {
+        "good.mp4": "ok",
+        "photo.jpg": "ok",
+        "short.mp4": "short",
+        "dot.png": "short",
+        "twin.mp4": "duplicate",
+        "text.mp4": "corrupt",
+        "zero.mp4": "corrupt",
+        "cut.mp4": "corrupt",
+        "gone.mp4": "corrupt",
+        "notes.txt": "skipped",
+    }
+    assert all(row.reason for row in read_ledger(store.folder) if row.status != "ok")
+    assert store.table.column("id").to_pylist() == ["good.mp4", "photo.jpg"]
+
+
+def test_views_are_different_crops_of_the_same_item(tmp_path, tokenizer_folder):
+    make_photo(tmp_path / "source" / "wide.jpg", height=40, width=160)
+    store = tokenize(config(tmp_path / "source", tmp_path / "out", tokenizer_folder, views=3))
+    assert store.table.column("id").to_pylist() == ["wide.jpg", "wide.jpg#1", "wide.jpg#2"]
+    assert not store.codes(0).equal(store.codes(1))
+    assert store.manifest["ledger"] == {"ok": 1}
+
+
+def test_a_second_run_finds_the_store_finished(media_folder, tmp_path, tokenizer_folder, monkeypatch):
+    job = config(media_folder, tmp_path / "out", tokenizer_folder)
+    tokenize(job)
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(extract, "encode_item", lambda *_: pytest.fail("read again"))
+    tokenize(job)
+    assert contents(tmp_path / "out") == before
+
+
+def test_another_job_in_the_same_folder_is_refused(media_folder, tmp_path, tokenizer_folder):
+    tokenize(config(media_folder, tmp_path / "out", tokenizer_folder))
+    with pytest.raises(ConfigError, match="another job .different: stride"):
+        tokenize(config(media_folder, tmp_path / "out", tokenizer_folder, stride=2))
+    make_photo(tmp_path / "other" / "a.jpg")
+    (tmp_path / "other" / "note").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty"):
+        tokenize(config(media_folder, tmp_path / "other", tokenizer_folder))
+
+
+def test_nothing_usable_is_an_error_that_names_the_first_reason(tmp_path, tokenizer_folder):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.mp4").write_text("no")
+    with pytest.raises(MediaError, match=r"nothing could be used .*ledger\.parquet"):
+        tokenize(config(tmp_path / "source", tmp_path / "out", tokenizer_folder))
+    assert read_ledger(tmp_path / "out")[0].status == "corrupt"
+    with pytest.raises(TotoError, match="unfinished"):
+        TokenStore(tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [{"size": 30}, {"stride": 0}, {"views": 0}, {"workers": -1}])
+def test_bad_options_are_refused(media_folder, tmp_path, tokenizer_folder, options):
+    with pytest.raises(TotoError):
+        tokenize(config(media_folder, tmp_path / "out", tokenizer_folder, **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_empty_sources_are_refused(tmp_path, tokenizer_folder):
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        tokenize(config(tmp_path / "nowhere", tmp_path / "out", tokenizer_folder))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="it is empty"):
+        tokenize(config(tmp_path / "empty", tmp_path / "out", tokenizer_folder))
+
+
+def test_a_signal_stops_between_items_and_the_same_call_continues(
+    media_folder, tmp_path, tokenizer_folder, monkeypatch
+):
+    monkeypatch.setattr(extract, "BYTES_IN_SHARD", 30_000)
+    expected = tokenize(config(media_folder, tmp_path / "whole", tokenizer_folder))
+    encode, calls = extract.encode_item, []
+
+    def encode_then_stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(*arguments)
+
+    monkeypatch.setattr(extract, "encode_item", encode_then_stop)
+    with pytest.raises(InterruptedRunError, match="continue"):
+        tokenize(config(media_folder, tmp_path / "out", tokenizer_folder))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    tokenize(config(media_folder, tmp_path / "out", tokenizer_folder))
+    assert contents(tmp_path / "out") == contents(expected.folder)
+
+
+def test_kill_9_loses_doubles_and_changes_nothing(tmp_path, tokenizer_folder):
+    for number in range(24):
+        make_video(tmp_path / "source" / f"{number:02d}.mp4", number=number, frames=60)
+    whole = config(tmp_path / "source", tmp_path / "whole", tokenizer_folder)
+    script = (
+        "import sys; from pathlib import Path; from toto.tokens import extract\n"
+        "extract.BYTES_IN_SHARD = 60_000\n"
+        "extract.tokenize(extract.TokenizeConfig(source=Path(sys.argv[1]), out=Path(sys.argv[2]),"
+        " tokenizer=sys.argv[3], size=32, min_frames=4, workers=0))"
+    )
+
+    def run(out):
+        words = [sys.executable, "-c", script, str(whole.source), str(out), str(tokenizer_folder)]
+        return subprocess.Popen(words, stderr=subprocess.DEVNULL)
+
+    assert run(whole.out).wait() == 0
+    out = tmp_path / "killed"
+    kills = 0
+    for parts in (1, 3, 6):
+        process = run(out)
+        while process.poll() is None and len(list(out.glob("parts/*.json"))) < parts:
+            time.sleep(0.005)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 2
+    assert run(out).wait() == 0
+    assert contents(out) == contents(whole.out)
