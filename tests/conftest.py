@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 
 from toto.media.encode import write_video
+from toto.media.ledger import LedgerRow
 from toto.media.procedural import make_clip
 from toto.tokens.dvae import DVAE, DVAEConfig, DVAETokenizer, StackConfig
+from toto.tokens.passport import Passport
+from toto.tokens.shards import StoredItem, finish_store, write_ledger, write_shard
 
 
 def pytest_collection_modifyitems(items):
@@ -73,3 +76,43 @@ def media_folder(tmp_path_factory) -> Path:
         for number in range(2):
             make_photo(root / name / f"photo{number}.jpg", number=10 * label + number)
     return root
+
+
+PASSPORT = Passport(
+    kind="dvae", weights_sha256="a" * 64, preprocessing="none", vocab_size=32, frame_size=(24, 24), grid=(3, 3)
+)
+
+
+def make_store(
+    folder: Path, *, videos=(), images: int = 0, passport: Passport = PASSPORT, seed: int = 0, drift: int = 1
+) -> Path:
+    """A store of drifting codes: in each video, row r shows `first + r + drift x frame` (mod 7), with some noise."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    codes, items, first = [], [], 0
+    for number, frames in enumerate([*videos, *[1] * images]):
+        kind = "video" if number < len(videos) else "image"
+        clean = (rng.integers(7) + drift * np.arange(frames)[:, None, None] + np.arange(3)[None, :, None]) % 7
+        clip = np.where(rng.random((frames, 3, 3)) < 0.1, rng.integers(0, 32, (frames, 3, 3)), clean)
+        codes.append(clip.astype(np.uint16))
+        items.append(
+            StoredItem(
+                id=f"{kind}{number}", kind=kind, label=None, first_frame=first, frame_count=frames, fps=10, stride=4
+            )
+        )
+        first += frames
+    shard = write_shard(folder, 0, codes, (3, 3))
+    ledger = [LedgerRow(id=item.id, kind=item.kind, status="ok", frames=item.frame_count) for item in items]
+    write_ledger(folder, ledger)
+    finish_store(folder, passport=passport, stride=4, shards=[shard], items=items, counts={"ok": len(items)}, job={})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def video_store(tmp_path_factory) -> Path:
+    return make_store(tmp_path_factory.mktemp("store") / "videos", videos=(20, 9, 4, 33, 3, 12))
+
+
+@pytest.fixture(scope="session")
+def image_store(tmp_path_factory) -> Path:
+    return make_store(tmp_path_factory.mktemp("store") / "images", images=11, seed=1)

@@ -195,7 +195,9 @@ def test_a_header_of_60000_by_60000_is_refused_before_memory_is_taken(tmp_path):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    content = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(MediaError, match="pixels"):
         read_image(tmp_path / "a.png")

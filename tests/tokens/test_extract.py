@@ -109,7 +109,7 @@ def test_a_second_run_finds_the_store_finished(media_folder, tmp_path, tokenizer
 
 def test_another_job_in_the_same_folder_is_refused(media_folder, tmp_path, tokenizer_folder):
     tokenize(config(media_folder, tmp_path / "out", tokenizer_folder))
-    with pytest.raises(ConfigError, match="another job .different: stride"):
+    with pytest.raises(ConfigError, match=r"another job .different: stride"):
         tokenize(config(media_folder, tmp_path / "out", tokenizer_folder, stride=2))
     make_photo(tmp_path / "other" / "a.jpg")
     (tmp_path / "other" / "note").write_text("mine")

@@ -145,9 +145,8 @@ def print_bits(result: Result) -> None:
         cells = [result.metrics.get(f"{name}_bits{part}") for part in ("", "_first_frame", "_later_frames")]
         table.add_row(name, *(_cell(metric) for metric in cells))
     Console().print(table)
-    print(
-        f"{result.evaluated} windows of {result.protocol['frames']} frames; copy rate {result.protocol['copy_rate']:.2f}"
-    )
+    frames, rate = result.protocol["frames"], result.protocol["copy_rate"]
+    print(f"{result.evaluated} windows of {frames} frames; copy rate {rate:.3f}")
 
 
 def _cell(metric: Metric | None) -> str:

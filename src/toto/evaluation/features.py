@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import UInt8
@@ -19,6 +19,7 @@ from toto.tokens.sequence import Modality, pack
 from toto.tokens.tokenizer import Tokenizer
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """What every backbone answers: Toto, and any other that is compared with it."""
 

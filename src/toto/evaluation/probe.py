@@ -1,11 +1,13 @@
 """Linear read-outs of every layer at once: average pooling and attention pooling on frozen features.
 
 One pass of the trunk over the clips gives the features of all layers. On them, for every layer, both heads are
-trained at several learning rates; each (layer, head) keeps the rate that is best on a slice of the training clips,
-and the layer that the result names is chosen on that slice too. The test clips choose nothing.
+trained at several learning rates together; each (layer, head) keeps the rate that is best on a slice of the training
+clips, and the layer that the result names is chosen on that slice too. The test clips choose nothing.
 
 The attention head is AIM's (apple/ml-aim): one learned query, keys and values without bias, several heads, then a
-linear classifier; tokens are standardised by a batch norm without parameters (eps 1e-6).
+linear classifier. Tokens are standardised with the training clips' mean and deviation (AIM: a batch norm without
+parameters). As the query is the same for all clips, it is multiplied into the key matrix first, and the value matrix
+is applied after pooling: the same numbers, for a small part of the work.
 """
 
 from __future__ import annotations
@@ -90,12 +92,10 @@ def train_probes(train: Features, test: Features, *, classes: int, config: Probe
     layers = list(train.by_layer)
     with Progress("probing", total=len(layers), unit="layers") as progress:
         for layer in layers:
-            fit, held, seen = (
-                (train.by_layer[layer][kept], train.labels[kept]),
-                (train.by_layer[layer][slice_], train.labels[slice_]),
-                (test.by_layer[layer], test.labels),
-            )
+            tokens = _standardised(train.by_layer[layer], test.by_layer[layer], kept, slice_)
+            labels = train.labels[kept], train.labels[slice_], test.labels
             for pool in POOLS:
+                fit, held, seen = ((_pooled(part, pool), truth) for part, truth in zip(tokens, labels, strict=True))
                 scores.append(_best_of_rates(layer, pool, fit, held, seen, classes, config))
             progress.advance()
     return scores
@@ -107,40 +107,50 @@ def chosen(scores: list[ProbeScore], pool: Pool) -> ProbeScore:
 
 
 class AverageHead(nn.Module):
-    """Mean over tokens, batch norm without parameters, linear."""
+    """Mean over tokens, then a linear layer."""
 
     def __init__(self, width: int, classes: int):
         super().__init__()
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
         self.linear = nn.Linear(width, classes)
 
     def forward(self, tokens: Float[Tensor, "B tokens D"]) -> Float[Tensor, "B classes"]:
         """Logits of clips."""
-        out: Tensor = self.linear(self.norm(tokens.mean(dim=1)))
+        out: Tensor = self.linear(tokens.mean(dim=1))
         return out
 
 
 class AttentionHead(nn.Module):
-    """A learned query attends over the tokens; then a linear layer."""
+    """A learned query attends over the tokens with several heads; then a linear layer."""
 
     def __init__(self, width: int, classes: int, heads: int):
         super().__init__()
         if width % heads:
-            raise ConfigError(f"{heads} heads don't divide a feature width of {width}", where="probe.heads")
-        self.heads = heads
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
-        self.query = nn.Parameter(torch.randn(1, heads, 1, width // heads) * 0.02)
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
+            raise ConfigError(f"{heads} heads don't divide a feature width of {width}", where="--probe.heads")
+        self.heads, self.head_size = heads, width // heads
+        self.query = nn.Parameter(torch.randn(heads, self.head_size) * 0.02)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
         self.linear = nn.Linear(width, classes)
 
     def forward(self, tokens: Float[Tensor, "B tokens D"]) -> Float[Tensor, "B classes"]:
         """Logits of clips."""
-        B, count, D = tokens.shape
-        normed = self.norm(tokens.flatten(0, 1)).view(B, count, D)
-        keys, values = self.key_value(normed).view(B, count, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        pooled = F.scaled_dot_product_attention(self.query.expand(B, -1, -1, -1), keys, values)
-        out: Tensor = self.linear(pooled.flatten(1))
+        scores = torch.einsum("btd,hd->bht", tokens, self.folded_query())
+        return self.classify(torch.einsum("bht,btd->bhd", scores.softmax(dim=-1), tokens))
+
+    def folded_query(self) -> Float[Tensor, "heads D"]:
+        """The query through the key matrix, scaled: its product with a token is the token's score."""
+        keys = self.key.weight.view(self.heads, self.head_size, -1)
+        folded: Tensor = torch.einsum("hk,hkd->hd", self.query, keys) * self.head_size**-0.5
+        return folded
+
+    def classify(self, pooled: Float[Tensor, "B heads D"]) -> Float[Tensor, "B classes"]:
+        """Logits from the tokens' means under each head's attention."""
+        values = torch.einsum("bhd,hkd->bhk", pooled, self.value.weight.view(self.heads, self.head_size, -1))
+        out: Tensor = self.linear(values.flatten(1))
         return out
+
+
+Head = AverageHead | AttentionHead
 
 
 def _best_of_rates(
@@ -152,42 +162,75 @@ def _best_of_rates(
     classes: int,
     config: ProbeConfig,
 ) -> ProbeScore:
-    best: ProbeScore | None = None
-    for rate in config.rates:
-        head = _fit(layer, pool, fit, classes, rate, config)
-        score = float(_correct(head, held, config.batch).double().mean())
-        if best is None or score > best.validation:
-            correct = _correct(head, seen, config.batch)
-            best = ProbeScore(layer=layer, pool=pool, rate=rate, validation=score, correct=correct)
-    assert best is not None
-    return best
+    """Train one head at every rate, and score the one that is best on the held-back clips."""
+    heads = train_heads(layer, pool, *fit, classes=classes, config=config)
+    accuracies = [float(_correct(head, held, config.batch).double().mean()) for head in heads]
+    best = max(range(len(heads)), key=lambda number: (accuracies[number], -number))
+    return ProbeScore(
+        layer=layer,
+        pool=pool,
+        rate=config.rates[best],
+        validation=accuracies[best],
+        correct=_correct(heads[best], seen, config.batch),
+    )
 
 
-def _fit(
-    layer: int, pool: Pool, fit: tuple[Tensor, Tensor], classes: int, rate: float, config: ProbeConfig
-) -> AverageHead | AttentionHead:
-    """Train one head; its randomness depends on the seed, the layer and the head alone."""
-    tokens, labels = fit
-    width = tokens.shape[2]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(integer(config.seed, "probe", layer, pool))
-        head = AverageHead(width, classes) if pool == "average" else AttentionHead(width, classes, config.heads)
-    if pool == "average":  # the mean over tokens never changes, so it is taken once
-        tokens = tokens.float().mean(dim=1, keepdim=True)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=config.weight_decay)
+def train_heads(
+    layer: int, pool: Pool, tokens: Tensor, labels: Tensor, *, classes: int, config: ProbeConfig
+) -> list[Head]:
+    """One head for every rate, trained together on standardised tokens; none influences another.
+
+    A head's randomness depends on the seed, the layer and the kind of head alone, so all rates begin alike and see
+    the same batches.
+    """
+    heads = [_new_head(layer, pool, tokens.shape[2], classes, config) for _ in config.rates]
+    groups = [{"params": list(head.parameters()), "lr": rate} for head, rate in zip(heads, config.rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     steps = config.epochs * -(-len(labels) // config.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for epoch in range(config.epochs):
         order = torch.from_numpy(stream(config.seed, "probe order", epoch).permutation(len(labels)))
         for batch in torch.split(order, config.batch):
-            if len(batch) == 1:  # batch norm has no statistics of one clip
-                continue
-            loss = F.cross_entropy(head(tokens[batch].float()), labels[batch])
+            logits = _logits_of_all(heads, tokens[batch].float())
+            losses = F.cross_entropy(logits.flatten(0, 1), labels[batch].repeat(len(heads)), reduction="none")
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            losses.view(len(heads), -1).mean(dim=1).sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-    return head.eval()
+    return heads
+
+
+def _new_head(layer: int, pool: Pool, width: int, classes: int, config: ProbeConfig) -> Head:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(integer(config.seed, "probe", layer, pool))
+        return AverageHead(width, classes) if pool == "average" else AttentionHead(width, classes, config.heads)
+
+
+def _logits_of_all(heads: list[Head], tokens: Float[Tensor, "B tokens D"]) -> Float[Tensor, "rates B classes"]:
+    """Logits of every head, reading the tokens once for all of them."""
+    attention = [head for head in heads if isinstance(head, AttentionHead)]
+    if not attention:
+        return torch.stack([head(tokens) for head in heads])
+    queries = torch.cat([head.folded_query() for head in attention])
+    weights = torch.matmul(tokens, queries.T).softmax(dim=1)
+    pooled = torch.matmul(weights.transpose(1, 2), tokens).chunk(len(attention), dim=1)
+    return torch.stack([head.classify(part) for head, part in zip(attention, pooled, strict=True)])
+
+
+def _standardised(train: Tensor, test: Tensor, kept: Tensor, slice_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens to fit, to choose by and to test on, with the mean and deviation of those to fit taken out."""
+    fit = train[kept].float()
+    mean, deviation = fit.mean(dim=(0, 1)), fit.std(dim=(0, 1), correction=0).add(1e-6)
+
+    def standard(part: Tensor) -> Tensor:
+        return (part.float() - mean).div(deviation).bfloat16()
+
+    return standard(fit), standard(train[slice_]), standard(test)
+
+
+def _pooled(tokens: Tensor, pool: Pool) -> Tensor:
+    """For average pooling the mean over tokens, which never changes and so is taken once."""
+    return tokens.float().mean(dim=1, keepdim=True) if pool == "average" else tokens
 
 
 @torch.inference_mode()

@@ -36,26 +36,23 @@ FORMAT, VERSION = "toto-shards", 1
 MANIFEST, ITEMS, LEDGER = "manifest.json", "items.parquet", "ledger.parquet"
 Codes = npt.NDArray[np.uint16]
 
-ITEM_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("kind", pa.string()),
-        ("label", pa.string()),
-        ("first_frame", pa.int64()),
-        ("frame_count", pa.int64()),
-        ("fps", pa.float64()),
-        ("stride", pa.int32()),
-    ]
-)
-LEDGER_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("kind", pa.string()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("frames", pa.int64()),
-    ]
-)
+ITEM_COLUMNS: dict[str, pa.DataType] = {
+    "id": pa.string(),
+    "kind": pa.string(),
+    "label": pa.string(),
+    "first_frame": pa.int64(),
+    "frame_count": pa.int64(),
+    "fps": pa.float64(),
+    "stride": pa.int32(),
+}
+LEDGER_COLUMNS: dict[str, pa.DataType] = {
+    "id": pa.string(),
+    "kind": pa.string(),
+    "status": pa.string(),
+    "reason": pa.string(),
+    "frames": pa.int64(),
+}
+ITEM_SCHEMA, LEDGER_SCHEMA = pa.schema(ITEM_COLUMNS), pa.schema(LEDGER_COLUMNS)
 
 
 @dataclass(frozen=True, kw_only=True)

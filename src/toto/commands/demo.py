@@ -1,0 +1,252 @@
+"""`toto demo`: the whole way on the embedded sample, offline, in minutes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from toto.commands.evaluate import print_bits, print_probe
+from toto.commands.parsing import parse
+from toto.evaluation.features import open_backbone
+from toto.evaluation.labelled import procedural_clips
+from toto.evaluation.likelihood import heldout_evaluation
+from toto.evaluation.probe import ProbeConfig
+from toto.evaluation.read_out import bits, probe
+from toto.evaluation.result import Result
+from toto.generation.rollout import continue_codes
+from toto.generation.sampler import SamplerConfig
+from toto.media import sample
+from toto.media.decode import read_clip
+from toto.media.encode import write_image, write_video
+from toto.media.transforms import square
+from toto.model.budget import parameter_table
+from toto.model.weights import load_model
+from toto.recipes.pretraining import demo as recipe
+from toto.report.page import Section, write_page
+from toto.report.plots import bits_by_frame, loss_curve, probe_by_layer
+from toto.report.sheet import comparison_sheet, contact_sheet
+from toto.runtime.metrics import read_metrics
+from toto.runtime.progress import duration
+from toto.runtime.provenance import versions
+from toto.tokens.extract import TokenizeConfig, tokenize
+from toto.tokens.tokenizer import Tokenizer, load_tokenizer
+from toto.training.config import DataConfig, TrainConfig
+from toto.training.loop import train
+from toto.training.mixture import SourceConfig
+
+SIZE, STRIDE, FRAMES, PROMPT = 64, 4, 16, 8
+SHOWN_SCENES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Tokenize the embedded sample, pre-train a small model, probe it, let it continue scenes, and write a page.
+
+    The same command again continues where it was stopped.
+
+    Attributes:
+        out: the folder; the page is OUT/index.html.
+        steps: training steps, by default those of the recipe.
+        views: how often each training scene is tokenized, each time with another crop and first frame.
+        clips: procedural clips that the probe is trained on; a third as many test it.
+    """
+
+    out: Path = Path("runs/demo")
+    steps: int | None = None
+    views: int = 12
+    clips: int = 480
+
+
+def run(words: list[str]) -> None:
+    """Parse, go the whole way, and say where the page is."""
+    options = parse(Options, words, verb="demo")
+    began = time.monotonic()
+    sources = tokenize_sample(options)
+    config = demo_config(options, sources)
+    last = pretrain(config, options.out / "model")
+    found = bits(last, train=sources["train"][:1], heldout=sources["heldout"])
+    print_bits(found)
+    found.save(options.out / "bits.json")
+    tokenizer = load_tokenizer()
+    probed = probe_motions(last, tokenizer, options)
+    print_probe(probed)
+    probed.save(options.out / "probe.json")
+    pictures = reconstructions(tokenizer, options.out), *continuations(last, tokenizer, options.out)
+    write_demo_page(options.out, config, found, probed, pictures, seconds=time.monotonic() - began)
+    print(f"{options.out / 'index.html'}: done in {duration(time.monotonic() - began)}")
+
+
+def tokenize_sample(options: Options) -> dict[str, tuple[SourceConfig, ...]]:
+    """Shards of the training scenes, the training photographs and the held-out scenes."""
+    root = sample.sample_folder()
+    jobs = {"scenes-train": options.views, "photographs-train": options.views, "scenes-heldout": 1}
+    for name, views in jobs.items():
+        kind, split = name.split("-")
+        store = tokenize(
+            TokenizeConfig(
+                source=root / kind / split,
+                out=options.out / "shards" / name,
+                size=SIZE,
+                stride=STRIDE,
+                min_frames=FRAMES,
+                views=views,
+            )
+        )
+        print(f"{store.folder}: {len(store)} items, {store.frame_count * store.grid[0] * store.grid[1]:,} tokens")
+    shards = options.out / "shards"
+    return {
+        "train": (
+            SourceConfig(path=shards / "scenes-train", weight=0.9),
+            SourceConfig(path=shards / "photographs-train", weight=0.1, modality="image"),
+        ),
+        "heldout": (SourceConfig(path=shards / "scenes-heldout", weight=1),),
+    }
+
+
+def demo_config(options: Options, sources: dict[str, tuple[SourceConfig, ...]]) -> TrainConfig:
+    """The recipe on these shards."""
+    config = recipe()
+    data = DataConfig(sources=sources["train"], heldout=sources["heldout"], frames=FRAMES)
+    steps = config.steps if options.steps is None else options.steps
+    return replace(config, data=data, steps=steps)
+
+
+def pretrain(config: TrainConfig, out: Path) -> Path:
+    """Train, or go on training; returns the last checkpoint."""
+    evaluate = heldout_evaluation(
+        config.data.heldout, frames=config.data.frames, most=config.eval_sequences, precision=config.precision
+    )
+    return train(config, out, evaluate=evaluate, resume=True)
+
+
+def probe_motions(checkpoint: Path, tokenizer: Tokenizer, options: Options) -> Result:
+    """Probe the motion classes of the procedural corpus at every layer."""
+    clips = procedural_clips(1, options.clips, frames=FRAMES, size=SIZE)
+    test = procedural_clips(2, max(6, options.clips // 3), frames=FRAMES, size=SIZE)
+    backbone = open_backbone(checkpoint, tokenizer)
+    return probe(backbone, clips, test, config=ProbeConfig(), checkpoint=checkpoint)
+
+
+def shown_frames(path: Path) -> Tensor:
+    """The first frames of a scene as the model sees them."""
+    return square(read_clip(path, frames=FRAMES, stride=STRIDE).frames, SIZE)
+
+
+def shown_scenes() -> list[Path]:
+    """Held-out scenes spread over the film, long enough for a whole sequence."""
+    paths = sample.scenes("heldout")
+    return [paths[place * len(paths) // SHOWN_SCENES] for place in range(SHOWN_SCENES)]
+
+
+def reconstructions(tokenizer: Tokenizer, out: Path) -> tuple[Path, str]:
+    """Held-out frames above what the tokenizer makes of them, at 128 pixels."""
+    frames = torch.cat(
+        [square(read_clip(path, frames=1, stride=1).frames, 128) for path in sample.scenes("heldout")[::2]]
+    )
+    path = out / "reconstructions.png"
+    write_image(path, comparison_sheet(frames, tokenizer.decode(tokenizer.encode(frames))))
+    return path, "Held-out scenes, 128 x 128 pixels (above), and what their 16 x 16 codes hold (below)"
+
+
+def continuations(checkpoint: Path, tokenizer: Tokenizer, out: Path) -> list[tuple[Path, str]]:
+    """Continue held-out scenes; a film and a sheet for each, the true frames beside the model's."""
+    model = load_model(checkpoint)
+    made: list[tuple[Path, str]] = []
+    for path in shown_scenes():
+        truth = shown_frames(path)
+        codes = tokenizer.encode(truth)
+        continued = continue_codes(
+            model,
+            codes[None, :PROMPT],
+            new_frames=FRAMES - PROMPT,
+            context_frames=FRAMES,
+            sampler=SamplerConfig(temperature=0.9, top_p=0.9),
+        )
+        frames = tokenizer.decode(continued[0])
+        film, sheet = out / f"continuation-{path.stem}.mp4", out / f"continuation-{path.stem}.png"
+        write_video(film, torch.cat([truth, frames], dim=2), rate=24 / STRIDE, scale=3)
+        rows = contact_sheet(truth, columns=FRAMES), contact_sheet(frames, prompt=PROMPT, columns=FRAMES)
+        write_image(sheet, torch.cat(rows))
+        told = f"the film (above); {PROMPT} frames of prompt (blue) and the model's {FRAMES - PROMPT}"
+        made.append((sheet, f"Scene {path.stem}: {told}"))
+        made.append((film, f"Scene {path.stem}: the film (left), prompt and continuation (right)"))
+    return made
+
+
+def write_demo_page(
+    out: Path,
+    config: TrainConfig,
+    found: Result,
+    probed: Result,
+    pictures: tuple[tuple[Path, str], ...],
+    *,
+    seconds: float,
+) -> None:
+    """Everything that was found, on one page."""
+    rows = read_metrics(out / "model")
+    speed = sorted(row["speed/tokens_per_second"] for row in rows if "speed/tokens_per_second" in row)
+    later = {name: found.metrics[f"{name}_bits_later_frames"].value for name in ("model", "unigram", "copy")}
+    model = load_model(out / "model")
+    facts = {
+        "parameters": f"{parameter_table(model.config)['total'] / 1e6:.2f} M",
+        "tokens seen": f"{rows[-1].get('train/tokens', 0) / 1e6:.1f} M" if rows else "0",
+        "tokens/s while training (median)": f"{speed[len(speed) // 2]:,.0f}",
+        "bits per token on later frames": f"{later['model']:.2f}",
+        "copying the frame before": f"{later['copy']:.2f}",
+        "unigram": f"{later['unigram']:.2f}",
+    }
+    write_page(
+        out / "index.html",
+        title="Toto learns from video",
+        lead="A small transformer learnt to predict the next visual token of a film. It never saw these scenes.",
+        facts=facts,
+        sections=_sections(rows, found, probed, pictures),
+        foot=f"Made by `{shlex.join(['toto', *sys.argv[1:]])}` in {duration(seconds)} with "
+        + ", ".join(f"{name} {version}" for name, version in versions().items())
+        + f". Training: {config.steps} steps of {config.batch} sequences, seed {config.seed}. "
+        "Film: Big Buck Bunny, (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC BY 3.0, cut and scaled.",
+    )
+
+
+def _sections(
+    rows: list[dict[str, float]], found: Result, probed: Result, pictures: tuple[tuple[Path, str], ...]
+) -> list[Section]:
+    table: list[tuple[str, ...]] = [("", "all frames", "first frame", "later frames")]
+    for name in ("model", "copy", "unigram"):
+        parts = ("", "_first_frame", "_later_frames")
+        table.append((name, *(f"{found.metrics[f'{name}_bits{part}'].value:.2f}" for part in parts)))
+    return [
+        Section(
+            title="It continues scenes it has never seen",
+            text=("Each code is drawn from the model; nothing of the film after the prompt is shown to it.",),
+            pictures=pictures[1:],
+        ),
+        Section(
+            title="It learnt more than how often codes occur",
+            text=(
+                "Bits per visual token on held-out scenes. The unigram knows how often each code occurs; copying "
+                "repeats the code at the same place one frame ago, with a rate fitted on the training scenes.",
+            ),
+            plots=(loss_curve(rows, found), bits_by_frame(found)),
+            table=tuple(table),
+        ),
+        Section(
+            title="What it learnt can be read out",
+            text=(
+                "Probes on frozen features tell six motions of shapes that the model was never trained on. Bands are "
+                "95 % bootstrap intervals over test clips; rings mark the layers that held-back training clips chose.",
+            ),
+            plots=(probe_by_layer(probed),),
+        ),
+        Section(
+            title="What the codes hold",
+            text=("The tokenizer turns each square of 8 x 8 pixels into one code.",),
+            pictures=pictures[:1],
+        ),
+    ]

@@ -1,0 +1,95 @@
+"""Plots of result records and metrics, as SVG that a page can hold."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from toto.evaluation.result import Result
+
+INK, FAINT = "#1d2733", "#c9d1da"
+MODEL, UNIGRAM, COPY = "#1f6fd1", "#8b95a1", "#e0752d"
+POOL_COLOURS = {"average": "#3a9d7c", "attention": "#7a4fc4"}
+
+
+def loss_curve(rows: Sequence[dict[str, float]], bits: Result) -> str:
+    """Held-out bits of later frames while training, beside the two baselines."""
+    name = "heldout/video_bits_later_frames"
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    train = [(row["step"], row["train/loss"] / 0.6931471805599453) for row in rows if "train/loss" in row]
+    figure, axes = _figure("Training: bits per token", "step", "bits")
+    axes.plot(*zip(*_smoothed(train), strict=True), color=FAINT, linewidth=1.2, label="training loss, all tokens")
+    axes.plot(*zip(*points, strict=True), color=MODEL, marker="o", markersize=3, label="model, held-out, later frames")
+    for label, colour in (("unigram", UNIGRAM), ("copy", COPY)):
+        level = bits.metrics[f"{label}_bits_later_frames"].value
+        axes.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=f"{label}, held-out: {level:.2f}")
+    axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def bits_by_frame(bits: Result) -> str:
+    """Held-out bits by the frame's place in the sequence."""
+    figure, axes = _figure("Held-out bits per token by frame", "frame", "bits")
+    for name, colour in (("unigram", UNIGRAM), ("copy", COPY), ("model", MODEL)):
+        values = bits.details[f"{name}_by_frame"]
+        axes.plot(range(1, len(values) + 1), values, color=colour, marker="o", markersize=3, label=name)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def probe_by_layer(probe: Result) -> str:
+    """Probe accuracy by layer with intervals, the chosen layers marked, and the chance level."""
+    figure, axes = _figure("Motion probed at every layer", "layer (0: embedding)", "test accuracy, %")
+    for pool, colour in POOL_COLOURS.items():
+        rows = [row for row in probe.details["by_layer"] if row["pool"] == pool]
+        layers = [row["layer"] for row in rows]
+        axes.fill_between(
+            layers,
+            [100 * row["low"] for row in rows],
+            [100 * row["high"] for row in rows],
+            color=colour,
+            alpha=0.15,
+            lw=0,
+        )
+        axes.plot(
+            layers, [100 * row["test"] for row in rows], color=colour, marker="o", markersize=4, label=f"{pool} pool"
+        )
+        best = next(row for row in rows if row["layer"] == probe.details["chosen_layer"][pool])
+        axes.plot(best["layer"], 100 * best["test"], marker="o", markersize=10, mfc="none", color=colour)
+    chance = 100 * probe.metrics["chance"].value
+    axes.axhline(chance, color=UNIGRAM, linestyle="--", linewidth=1.2, label=f"chance: {chance:.1f}")
+    axes.set_ylim(0, 100)
+    axes.set_xticks(sorted({row["layer"] for row in probe.details["by_layer"]}))
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    return _svg(figure)
+
+
+def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
+    axes.set_xlabel(x, fontsize=9, color=INK)
+    axes.set_ylabel(y, fontsize=9, color=INK)
+    axes.tick_params(labelsize=8, colors=INK)
+    axes.grid(axis="y", color=FAINT, linewidth=0.5, alpha=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _smoothed(points: list[tuple[float, float]], most: int = 150) -> list[tuple[float, float]]:
+    """Means over runs of neighbouring points, so that at most `most` are drawn."""
+    width = max(1, len(points) // most)
+    groups = [points[first : first + width] for first in range(0, len(points), width)]
+    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+
+
+def _svg(figure: Figure) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
