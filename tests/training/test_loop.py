@@ -199,6 +199,17 @@ def test_trainer_state_executes_no_pickle(config, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+def test_a_run_can_start_from_anothers_weights(config, tmp_path):
+    train(replace(config, data=replace(config.data, frames=2)), tmp_path / "short")
+    longer = replace(config, init=str(tmp_path / "short"))
+    train(longer, tmp_path / "long")
+    train(config, tmp_path / "anew")
+    assert losses(tmp_path / "long")[1] < losses(tmp_path / "anew")[1] - 0.2
+    wider = replace(longer, model=replace(config.model, mlp_hidden=80))
+    with pytest.raises(ConfigError, match=r"another architecture \(mlp_hidden was 64, is 80"):
+        train(wider, tmp_path / "wider")
+
+
 def test_the_schedule_warms_up_and_ends_at_its_floor():
     config = OptimizerConfig(peak_lr=1.0, warmup_steps=10, floor=0.1)
     rates = [learning_rate(step, 110, config) for step in range(110)]

@@ -96,6 +96,14 @@ def test_a_window_holds_the_frames_its_origin_names(mixture):
                 assert window.codes[place : place + 1].equal(store.codes(names.index(item)))
 
 
+def test_short_sequences_are_the_same_windows_cut(mixture):
+    windows = mixture.windows(3, 4)
+    short = sequences_of(windows, 2)
+    assert short.shape == (8, 2 * 9 + 2)
+    assert short[:, 1:-1].reshape(4, -1).equal(sequences_of(windows)[:, 1:-1])
+    assert short[::2, 0].equal(short[1::2, 0])
+
+
 def test_image_groups_go_through_all_images_before_one_comes_again(mixture):
     images = mixture.sources[1]
     drawn = [item for number in range(11) for item, _ in images.draw(number).origin]

@@ -36,7 +36,7 @@ from toto.runtime.progress import duration
 from toto.runtime.provenance import versions
 from toto.tokens.extract import TokenizeConfig, tokenize
 from toto.tokens.tokenizer import Tokenizer, load_tokenizer
-from toto.training.config import DataConfig, TrainConfig
+from toto.training.config import TrainConfig
 from toto.training.loop import train
 from toto.training.mixture import SourceConfig
 
@@ -112,7 +112,7 @@ def tokenize_sample(options: Options) -> dict[str, tuple[SourceConfig, ...]]:
 def demo_config(options: Options, sources: dict[str, tuple[SourceConfig, ...]]) -> TrainConfig:
     """The recipe on these shards."""
     config = recipe()
-    data = DataConfig(sources=sources["train"], heldout=sources["heldout"], frames=FRAMES)
+    data = replace(config.data, sources=sources["train"], heldout=sources["heldout"])
     steps = config.steps if options.steps is None else options.steps
     return replace(config, data=data, steps=steps)
 

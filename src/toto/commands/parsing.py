@@ -15,17 +15,16 @@ from toto.training.mixture import SourceConfig
 Options = TypeVar("Options")
 
 
-def parse(kind: type[Options], words: list[str], *, verb: str, default: Options | None = None) -> Options:
+def parse(kind: type[Options], words: list[str], *, verb: str) -> Options:
     """Parse all words into `kind`; `--help` prints and exits.
 
     Raises:
         ConfigError: an unknown option, a missing one, or a value that doesn't fit.
     """
-    preset = tyro.MISSING_NONPROP if default is None else default
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
-            return tyro.cli(kind, prog=f"toto {verb}", args=words, default=preset)
+            return tyro.cli(kind, prog=f"toto {verb}", args=words)
     except SystemExit as leave:
         if leave.code in (0, None):
             raise
@@ -64,14 +63,15 @@ def parse_source(text: str) -> SourceConfig:
 
 
 def _condensed(box: str) -> str:
-    """The message inside tyro's box, as one line."""
-    rows = [row.strip("│╭╮╰╯ ").strip() for row in box.splitlines()]
+    """The message inside tyro's box, drawn with lines or in ASCII, as one line."""
+    rows = [row.strip("│╭╮╰╯|+ ") for row in box.splitlines()]
     sections: list[list[str]] = [[]]
-    for row in rows[1:]:
-        if row and not row.strip("─"):
+    for row in rows:
+        if row and not row.strip("─-"):
             sections.append([])
-        elif row:
+        elif row and not row.endswith(("──", "--")):  # the title stands in the box's upper edge
             sections[-1].append(row)
-    said = " ".join(sections[0])
-    hints = [section for section in sections[1:] if section and section[0].startswith("Perhaps you meant")]
-    return said.rstrip(".") + (f" (perhaps you meant {hints[0][1].split()[0]})" if hints and len(hints[0]) > 1 else "")
+    said = [section for section in sections if section]
+    hints = [section for section in said[1:] if section[0].startswith("Perhaps you meant") and len(section) > 1]
+    hint = f" (perhaps you meant {hints[0][1].split()[0]})" if hints else ""
+    return (" ".join(said[0]).rstrip(".") if said else "the words don't fit") + hint

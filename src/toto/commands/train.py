@@ -28,27 +28,39 @@ class Options:
         data: what is trained on, [image:|video:]FOLDER[=WEIGHT]; several make a mixture.
         heldout: what is evaluated on, in the same form.
         resume: continue the run in OUT from its newest checkpoint, exactly.
-        recipe: every value of the recipe, to be changed one by one.
     """
 
     out: Path
     data: tuple[str, ...]
     heldout: tuple[str, ...] = ()
     resume: bool = False
-    recipe: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.SuppressFixed]
+
+
+def options_with(recipe: TrainConfig) -> type[Options]:
+    """The options with every value of the recipe beside them, to be changed one by one."""
+    flat = Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.SuppressFixed]
+    kind = dataclasses.make_dataclass(
+        "RecipeOptions",
+        [("recipe", flat, dataclasses.field(default=recipe))],
+        bases=(Options,),
+        frozen=True,
+        kw_only=True,
+    )
+    kind.__doc__ = Options.__doc__
+    return kind
 
 
 def run(words: list[str]) -> None:
     """Parse, train, and print where the model is and what it reached."""
     name, rest = take_word(words, verb="train", what="RECIPE", known=list(PRETRAINING))
-    preset = Options(out=tyro.MISSING, data=tyro.MISSING, recipe=PRETRAINING[name]())
-    options = parse(Options, rest, verb=f"train {name}", default=preset)
+    options = parse(options_with(PRETRAINING[name]()), rest, verb=f"train {name}")
+    recipe: TrainConfig = vars(options)["recipe"]
     data = dataclasses.replace(
-        options.recipe.data,
+        recipe.data,
         sources=tuple(parse_source(text) for text in options.data),
         heldout=tuple(parse_source(text) for text in options.heldout),
     )
-    config = dataclasses.replace(options.recipe, data=data)
+    config = dataclasses.replace(recipe, data=data)
     evaluate = None
     if data.heldout:
         evaluate = heldout_evaluation(

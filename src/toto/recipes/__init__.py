@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from toto.recipes import pretraining
+from toto.recipes import pretraining, tokenizer
 from toto.training.config import TrainConfig
+from toto.training.tokenizer import TokenizerTrainConfig
 
 PRETRAINING: dict[str, Callable[[], TrainConfig]] = {
     "demo": pretraining.demo,
@@ -16,4 +17,8 @@ PRETRAINING: dict[str, Callable[[], TrainConfig]] = {
     "base": pretraining.base,
     "large": pretraining.large,
     "1b": pretraining.one_b,
+}
+
+TOKENIZERS: dict[str, Callable[[], TokenizerTrainConfig]] = {
+    "embedded": tokenizer.embedded,
 }

@@ -16,8 +16,9 @@ def demo() -> TrainConfig:
     Command: toto demo --out runs/demo
     """
     return TrainConfig(
-        model=ModelConfig(width=128, layers=4, heads=4, mlp_hidden=384),
-        optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=100, floor=0.02),
+        data=DataConfig(frames=16, short_steps=400, short_frames=2),
+        model=ModelConfig(width=128, layers=2, heads=2, mlp_hidden=384, rope_base=100.0, tie_embeddings=True),
+        optimizer=OptimizerConfig(peak_lr=6e-3, warmup_steps=100, floor=0.02),
         steps=2000,
         batch=1,
         micro_batch=1,

@@ -19,11 +19,26 @@ class DataConfig:
         sources: shard folders with their weights and modalities.
         heldout: shard folders that are only evaluated on.
         frames: T, frames (or images) in a sequence (the paper: 16).
+        short_steps: for this many steps at the beginning, each window is cut into sequences of `short_frames`
+            frames, which all count in its place. Copying from the frame before is found far sooner in short ones.
+        short_frames: frames of these; must divide T.
     """
 
     sources: tuple[SourceConfig, ...] = ()
     heldout: tuple[SourceConfig, ...] = ()
     frames: int = 16
+    short_steps: int = 0
+    short_frames: int = 2
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ConfigError(f"must be at least 1, is {self.frames}", where="--data.frames")
+        if self.short_steps and (self.short_frames < 1 or self.frames % self.short_frames):
+            raise ConfigError(f"{self.short_frames} doesn't divide {self.frames}", where="--data.short-frames")
+
+    def frames_at(self, step: int) -> int:
+        """Frames in a sequence at a step."""
+        return self.short_frames if step < self.short_steps else self.frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +49,15 @@ class TrainConfig:
         data: what is trained on.
         model: the architecture; its vocabulary comes from the data.
         optimizer: AdamW and its schedule.
+        init: start from this checkpoint's weights (a checkpoint or run folder, or a hub id); the step count, the
+            optimizer and the order begin anew. Its sequences may have been shorter, its rope_base another.
         steps: optimizer steps.
         batch: sequences in a step.
         micro_batch: sequences in one forward pass; gradients are accumulated over batch / micro_batch of them.
         seed: of the initial weights and of the data's order.
         precision: auto, bf16 (matrix products in bfloat16, weights in fp32) or fp32.
         device: auto, cpu, cuda, cuda:1, ...
-        log_every: steps between rows of metrics.json lines.
+        log_every: steps between rows of metrics.jsonl.
         eval_every: steps between evaluations on the held-out sequences.
         eval_sequences: at most this many of each held-out source, spread evenly over it.
         save_every: steps between checkpoints.
@@ -50,6 +67,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    init: str | None = None
     steps: int
     batch: int
     micro_batch: int
@@ -75,8 +93,6 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", where=f"--{name.replace('_', '-')}")
-        if self.data.frames < 1:
-            raise ConfigError(f"must be at least 1, is {self.data.frames}", where="--data.frames")
         if self.batch % self.micro_batch:
             raise ConfigError(
                 f"{self.batch} is not a multiple of the micro-batch {self.micro_batch}",

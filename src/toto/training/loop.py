@@ -14,7 +14,7 @@ from torch import Tensor
 
 from toto.model.config import with_vocabulary
 from toto.model.transformer import Transformer
-from toto.model.weights import Card, newest_checkpoint
+from toto.model.weights import Card, load_card, load_model, newest_checkpoint
 from toto.runtime.device import autocast, pick_device
 from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
 from toto.runtime.files import read_json, sha256_of, write_json
@@ -22,6 +22,7 @@ from toto.runtime.interrupt import stop_on_signal
 from toto.runtime.metrics import Metrics
 from toto.runtime.progress import Progress
 from toto.runtime.provenance import as_plain, write_provenance
+from toto.tokens.passport import Passport
 from toto.tokens.sequence import sequence_vocabulary
 from toto.tokens.shards import MANIFEST
 from toto.training.checkpoint import restore_checkpoint, save_checkpoint
@@ -131,9 +132,27 @@ def _prepare(config: TrainConfig, out: Path, resume: bool) -> _Run:
             )
         step = int(card.training["step"])
     else:
+        if config.init is not None:
+            start_from(config.init, model, mixture.passport)
         write_provenance(out, resolved)
     metrics = Metrics(out, continue_from=step if newest else None)
     return _Run(config, out, mixture, model, optimizer, metrics, device, step)
+
+
+def start_from(checkpoint: str, model: Transformer, passport: Passport) -> None:
+    """Load another run's weights into a new model.
+
+    Raises:
+        PassportError: another tokenizer made its tokens.
+        ConfigError: it is of another architecture.
+    """
+    known = Passport.from_dict(load_card(checkpoint).passport, where=checkpoint)
+    passport.require_tokenizer(known, where=checkpoint, fix="start from a model of the same tokenizer")
+    other = load_model(checkpoint)
+    different = _differences(as_plain(replace(other.config, rope_base=model.config.rope_base)), as_plain(model.config))
+    if different:
+        raise ConfigError(f"is of another architecture ({'; '.join(different)})", where=checkpoint, fix="use the same")
+    model.load_state_dict(other.state_dict())
 
 
 def _step(run: _Run) -> tuple[float, float]:
@@ -146,7 +165,8 @@ def _step(run: _Run) -> tuple[float, float]:
     run.model.train()
     losses: list[Tensor] = []
     for first in range(0, config.batch, config.micro_batch):
-        sequences = sequences_of(windows[first : first + config.micro_batch]).to(run.device)
+        part = windows[first : first + config.micro_batch]
+        sequences = sequences_of(part, config.data.frames_at(run.step)).to(run.device)
         with autocast(config.precision, run.device):
             loss = next_token_loss(run.model, sequences)
         (loss * config.micro_batch / config.batch).backward()  # type: ignore[no-untyped-call]
@@ -213,7 +233,7 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """The options that decide the result; where the shards lie does not, their checksums are compared instead."""
     kept = {name: value for name, value in config.items() if name not in FREE_TO_CHANGE}
     sources = [{**source, "path": None} for source in config["data"]["sources"]]
-    return kept | {"data": {"frames": config["data"]["frames"], "sources": sources}}
+    return kept | {"data": {**config["data"], "sources": sources, "heldout": None}}
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

@@ -186,9 +186,10 @@ class Mixture:
         return [self.window(step * batch + slot) for slot in range(batch)]
 
 
-def sequences_of(windows: list[Window]) -> Int64[Tensor, "B S"]:
-    """Windows as sequences of ids."""
-    return torch.cat([pack(window.codes[None], window.modality) for window in windows])
+def sequences_of(windows: list[Window], frames: int | None = None) -> Int64[Tensor, "B S"]:
+    """Windows as sequences of ids; with `frames`, each cut into sequences of so many frames."""
+    parts = [window.codes[None] if frames is None else window.codes.unflatten(0, (-1, frames)) for window in windows]
+    return torch.cat([pack(codes, window.modality) for codes, window in zip(parts, windows, strict=True)])
 
 
 def block_shares(weights: list[float]) -> tuple[int, ...]:

@@ -1,0 +1,405 @@
+"""Training of the small dVAE: one function that builds, restores, steps, looks, saves.
+
+A run is defined by its number of steps, its seed and its configuration. What is drawn at a step depends on the seed
+and the step alone, and the whole state is saved, so a run that was stopped goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, final
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from toto.runtime.device import Precision, autocast, pick_device
+from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
+from toto.runtime.files import written_aside
+from toto.runtime.interrupt import stop_on_signal
+from toto.runtime.metrics import Metrics
+from toto.runtime.progress import Progress, duration
+from toto.runtime.provenance import as_plain, write_provenance
+from toto.runtime.seed import integer, stream
+from toto.tokens.dvae import DVAE, DVAEConfig, DVAETokenizer
+from toto.tokens.quality import ReconstructionReport, reconstruction_report
+from toto.training.codebook import Codebook, CodebookConfig
+from toto.training.tokenizer_data import CropConfig, Crops, Source, load_squares
+
+STATE_FILE: Final = "trainer.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrainConfig:
+    """Everything that decides what a run makes.
+
+    Attributes:
+        name: the recipe's name.
+        model: the architecture.
+        codebook: how the codebook learns.
+        crops: what is cut out of the frames.
+        cooldown_crops: the same during the cool-down.
+        sources: frames to train on.
+        heldout: frames to look at while it trains; never trained on.
+        heldout_size: side of the square held-out frames in pixels.
+        seed: of everything that is drawn.
+        steps: how many steps the run has.
+        batch: crops a step.
+        parts: a step's crops are computed in this many parts side by side, which share the process's threads.
+            On a CPU that others use too this is far faster than one part with several threads.
+        learning_rate: AdamW's, at its height.
+        warmup_steps: steps over which it rises from nought.
+        cooldown_steps: last steps, over which it falls to nought.
+        betas: AdamW's.
+        weight_decay: AdamW's.
+        clip: the gradient's norm is at most this.
+        absolute_error: weight of the mean absolute error beside the mean squared one.
+        average_decay: decay of the average over the weights, which is what is kept in the end.
+        precision: of the matrix products.
+        report_every: steps between rows of metrics.
+        evaluate_every: steps between looks at the held-out frames.
+        save_every: steps between saves.
+        collapse_below: share of the vocabulary in use on held-out frames under which a warning is given.
+    """
+
+    name: str
+    model: DVAEConfig
+    codebook: CodebookConfig
+    crops: CropConfig
+    cooldown_crops: CropConfig
+    sources: tuple[Source, ...]
+    heldout: tuple[Source, ...]
+    heldout_size: int
+    seed: int
+    steps: int
+    batch: int
+    parts: int
+    learning_rate: float
+    warmup_steps: int
+    cooldown_steps: int
+    betas: tuple[float, float]
+    weight_decay: float
+    clip: float
+    absolute_error: float
+    average_decay: float
+    precision: Precision
+    report_every: int
+    evaluate_every: int
+    save_every: int
+    collapse_below: float
+
+
+def train_tokenizer(config: TokenizerTrainConfig, *, out: Path, resume: bool, device: str = "auto") -> DVAETokenizer:
+    """Train a tokenizer into a folder; returns what was written there.
+
+    The folder gets `tokenizer.json` and `model.safetensors` when the run is finished, and on the way `made.json`,
+    `metrics.jsonl`, TensorBoard events and the trainer's state.
+
+    Args:
+        config: the run.
+        out: the folder.
+        resume: go on with the run that is in the folder; from the start where nothing was saved yet.
+        device: where it computes.
+
+    Raises:
+        ConfigError: the folder holds a run and `resume` is not set, or a run of another configuration.
+        CheckpointError: the trainer's state is damaged.
+        NonFiniteLossError: the loss became infinite or not a number.
+        InterruptedRunError: a signal arrived; everything was saved.
+    """
+    state_file = out / STATE_FILE
+    if state_file.exists() and not resume:
+        raise ConfigError("holds a run already", where=out, fix="continue it with --resume or choose another folder")
+    run = Run(config, pick_device(device))
+    if state_file.exists():
+        run.restore(state_file)
+    else:
+        write_provenance(out, config)
+    crops = Crops(config.sources, config.seed)
+    heldout = {source.name: load_squares(source, config.heldout_size) for source in config.heldout}
+    metrics = Metrics(out, continue_from=run.step or None)
+    began = time.monotonic()
+    with contextlib.closing(metrics), threads_for(config.parts):
+        loop(run, crops, heldout, metrics, out)
+        look = evaluate(run.tokenizer(), heldout)
+        metrics.write(run.step, flat(look))
+    tokenizer = run.tokenizer(story(run, crops, look))
+    tokenizer.save(out)
+    for name, report in look.items():
+        use = f"{report.codes_used:,} of {tokenizer.vocab_size:,} codes"
+        print(f"{name}: {report.psnr_db:.2f} dB, {use}", file=sys.stderr)
+    print(f"{out}: finished after {duration(time.monotonic() - began)}", file=sys.stderr)
+    return tokenizer
+
+
+def loop(run: Run, crops: Crops, heldout: Mapping[str, Tensor], metrics: Metrics, out: Path) -> None:
+    """Take the steps that are left, look at held-out frames now and then, and save."""
+    config, heldout_note = run.config, ""
+    with (
+        stop_on_signal() as stop,
+        Progress("tokenizer", total=config.steps, unit="steps", done=run.step) as progress,
+        ThreadPoolExecutor(
+            config.parts, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+        ) as pool,
+    ):
+        while run.step < config.steps:
+            values = run.advance(crops, pool)
+            if run.step % config.report_every == 0:
+                metrics.write(run.step, values)
+            if run.step % config.evaluate_every == 0 and run.step < config.steps:
+                look = evaluate(run.tokenizer(), heldout)
+                metrics.write(run.step, flat(look))
+                warn_of_collapse(look, config, run.step)
+                heldout_note = ", ".join(f"{name} {report.psnr_db:.2f} dB" for name, report in look.items())
+            progress.advance(note=f"loss {values['train/loss']:.4f}  {heldout_note}")
+            if run.step % config.save_every == 0 or run.step == config.steps or stop:
+                run.save(out / STATE_FILE)
+            if stop and run.step < config.steps:
+                what = f"{stop.name} after step {run.step}; everything is saved"
+                raise InterruptedRunError(what, where=out, fix="continue with --resume")
+
+
+@contextlib.contextmanager
+def threads_for(parts: int) -> Iterator[None]:
+    """Share the process's threads out among parts that are computed side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // parts))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def story(run: Run, crops: Crops, look: Mapping[str, ReconstructionReport]) -> dict[str, Any]:
+    """What `tokenizer.json` tells of a run, with the figures it reached on the held-out frames."""
+    size = run.config.heldout_size
+    return {
+        "recipe": run.config.name,
+        "seed": run.config.seed,
+        "steps": run.step,
+        "batch": run.config.batch,
+        "frames": crops.frames,
+        "heldout": {name: {"size": size, **rounded(report)} for name, report in look.items()},
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What some of a step's crops gave."""
+
+    squared: Tensor
+    commitment: Tensor
+    loss: Tensor
+    latents: Tensor
+    codes: Tensor
+    gradients: tuple[Tensor, ...]
+
+
+@final
+class Run:
+    """The state of a training run, and one step of it.
+
+    Attributes:
+        step: finished steps.
+    """
+
+    def __init__(self, config: TokenizerTrainConfig, device: torch.device):
+        if config.batch % config.parts:
+            raise ConfigError(f"{config.batch} crops can't be split into {config.parts} equal parts", where="batch")
+        self.config, self.device, self.step = config, device, 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(integer(config.seed, "weights"))
+            self.model = DVAE(config.model)
+        self.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = DVAE(config.model).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average.load_state_dict(self.model.state_dict())
+        self.average.requires_grad_(False)
+        self.codebook = Codebook(self.model, config.codebook)
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay
+        )
+
+    def advance(self, crops: Crops, pool: Executor) -> dict[str, float]:
+        """Take one step; returns what metrics say of it."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        cut = config.cooldown_crops if cooldown(config, self.step) else config.crops
+        pixels = crops.batch(self.step, config.batch, cut).to(self.device)
+        parts = list(pool.map(self._part, pixels.chunk(config.parts)))
+        loss = torch.stack([part.loss for part in parts]).mean()
+        self._require_finite(loss)
+        for parameter, *gradients in zip(self.parameters, *(part.gradients for part in parts), strict=True):
+            parameter.grad = sum(gradients[1:], start=gradients[0]).div_(len(parts))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
+        self.optimizer.step()
+        codes = torch.cat([part.codes for part in parts])
+        rng = stream(config.seed, "codebook", self.step)
+        revived = self.codebook.follow(torch.cat([part.latents for part in parts]), codes, self.step, rng)
+        self._average()
+        self.step += 1
+        squared = torch.stack([part.squared for part in parts]).mean()
+        return {
+            "train/loss": float(loss),
+            "train/psnr_db": -10 * math.log10(float(squared) / 4),
+            "train/commitment": float(torch.stack([part.commitment for part in parts]).mean()),
+            "train/codes_in_batch": float(torch.bincount(codes).count_nonzero()),
+            "train/codes_revived": float(revived),
+            "train/gradient_norm": float(norm),
+            "train/learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+        }
+
+    def _part(self, pixels: Tensor) -> Part:
+        """Loss and gradients of some of the crops; changes nothing, so that several can run side by side."""
+        with autocast(self.config.precision, self.device):
+            latents = self.model.latents(pixels)
+            codes = self.model.nearest(latents.detach())
+            vectors, commitment = latents, latents.new_zeros(())
+            if self.codebook.active(self.step):
+                vectors, commitment = self.codebook.quantise(latents, codes)
+            rebuilt = self.model.pixels(vectors).float()
+        squared, absolute = F.mse_loss(rebuilt, pixels), F.l1_loss(rebuilt, pixels)
+        loss = squared + self.config.absolute_error * absolute + commitment
+        return Part(
+            squared=squared.detach(),
+            commitment=commitment.detach(),
+            loss=loss.detach(),
+            latents=latents.detach().flatten(0, 2),
+            codes=codes.flatten(),
+            gradients=torch.autograd.grad(loss, self.parameters),
+        )
+
+    def tokenizer(self, trained: Mapping[str, Any] | None = None) -> DVAETokenizer:
+        """The averaged weights as a tokenizer, rounded as they will be stored."""
+        return DVAETokenizer.from_model(self.average, trained=trained or {}, device=self.device)
+
+    def save(self, path: Path) -> None:
+        """Write the whole state into one file."""
+        about = {"step": str(self.step), "config": json.dumps(as_plain(self.config))}
+        with written_aside(path) as aside:
+            safetensors.torch.save_file(
+                {name: value.contiguous() for name, value in self._state().items()}, aside, about
+            )
+
+    def restore(self, path: Path) -> None:
+        """Go back to a saved state of the same configuration; the end may be moved until the cool-down has begun.
+
+        Raises:
+            CheckpointError: the file is damaged.
+            ConfigError: it is of another configuration.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+            step, config = int(about["step"]), json.loads(about["config"])
+            saved = safetensors.torch.load_file(path)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"trainer's state can't be read ({error})", where=path, fix="start a new run"
+            ) from None
+        mine = as_plain(self.config)
+        if step <= min(config["steps"] - config["cooldown_steps"], self.config.steps - self.config.cooldown_steps):
+            config |= {name: mine[name] for name in ("steps", "cooldown_steps")}
+        different = sorted(name for name in {*mine, *config} if mine.get(name) != config.get(name))
+        if different:
+            raise ConfigError(
+                f"is a run with another {', '.join(different)}",
+                where=path.parent,
+                fix="use its recipe or another folder",
+            )
+        self.step = step
+        self._fill_optimizer()
+        state = self._state()
+        if set(state) != set(saved):
+            raise CheckpointError("trainer's state is of another model", where=path, fix="start a new run")
+        with torch.no_grad():
+            for name, value in state.items():
+                value.copy_(saved[name])
+
+    def _state(self) -> dict[str, Tensor]:
+        """Every tensor that decides how the run goes on, by name; the tensors themselves, not copies."""
+        state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        state |= {"codebook.count": self.codebook.count, "codebook.total": self.codebook.total}
+        for name, parameter in self.model.named_parameters():
+            state |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+        return state
+
+    def _fill_optimizer(self) -> None:
+        """Let AdamW make its state, without changing a weight."""
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Move the averaged weights towards the model's; early steps count for more."""
+        decay = min(self.config.average_decay, (self.step + 1) / (self.step + 10))
+        torch._foreach_lerp_(list(self.average.parameters()), self.parameters, 1 - decay)
+        self.average.codebook.copy_(self.model.codebook)
+
+    def _require_finite(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss is {float(loss)} at step {self.step}",
+                fix="lower learning_rate or clip, or use --precision fp32, and continue from the last save",
+            )
+
+
+def learning_rate(config: TokenizerTrainConfig, step: int) -> float:
+    """AdamW's rate at a step: a linear rise, a plateau, and a fall as 1 - sqrt(share of the cool-down passed).
+
+    The plateau doesn't depend on where the run ends, so a run can be made longer from any step before its cool-down.
+    """
+    rise = min(1.0, (step + 1) / config.warmup_steps)
+    return config.learning_rate * rise * (1 - math.sqrt(cooldown(config, step)))
+
+
+def cooldown(config: TokenizerTrainConfig, step: int) -> float:
+    """The share of the cool-down that has passed, 0 before it."""
+    return max(0, step - (config.steps - config.cooldown_steps)) / config.cooldown_steps
+
+
+def evaluate(tokenizer: DVAETokenizer, heldout: Mapping[str, Tensor]) -> dict[str, ReconstructionReport]:
+    """What the tokenizer does to each kind of held-out frames."""
+    return {name: reconstruction_report(tokenizer, [frames]) for name, frames in heldout.items()}
+
+
+def flat(look: Mapping[str, ReconstructionReport]) -> dict[str, float]:
+    """Held-out figures by the names metrics have."""
+    return {
+        f"heldout/{name}/{key}": float(value)
+        for name, report in look.items()
+        for key, value in dataclasses.asdict(report).items()
+    }
+
+
+def rounded(report: ReconstructionReport) -> dict[str, float]:
+    """Figures with as many digits as `tokenizer.json` shows."""
+    return {key: round(value, 4) for key, value in dataclasses.asdict(report).items()}
+
+
+def warn_of_collapse(look: Mapping[str, ReconstructionReport], config: TokenizerTrainConfig, step: int) -> None:
+    """Say so where held-out frames use too little of the vocabulary, with a remedy; silent before codes are placed."""
+    if step <= config.codebook.begin_step:
+        return
+    name, best = max(look.items(), key=lambda item: item[1].share_used)
+    if best.share_used < config.collapse_below and best.tokens >= config.model.vocab_size:
+        print(
+            f"warning: step {step}: only {best.codes_used:,} of {config.model.vocab_size:,} codes occur in {name}; "
+            "raise codebook.dead_below, or lower learning_rate or model.vocab_size",
+            file=sys.stderr,
+        )
