@@ -64,14 +64,14 @@ def parse_source(text: str) -> SourceConfig:
 
 def _condensed(box: str) -> str:
     """The message inside tyro's box, drawn with lines or in ASCII, as one line."""
-    rows = [row.strip("│╭╮╰╯|+ ") for row in box.splitlines()]
+    rows = [row.strip("│╭╮╰╯ ") for row in box.splitlines()]
     sections: list[list[str]] = [[]]
     for row in rows:
         if row and not row.strip("─-"):
             sections.append([])
-        elif row and not row.endswith(("──", "--")):  # the title stands in the box's upper edge
+        elif row and not row.endswith("──"):  # the title, in the box's upper edge
             sections[-1].append(row)
-    said = [section for section in sections if section]
+    said = [section for section in sections if section][0 if "│" in box else 1 :]  # in ASCII, the title comes first
     hints = [section for section in said[1:] if section[0].startswith("Perhaps you meant") and len(section) > 1]
     hint = f" (perhaps you meant {hints[0][1].split()[0]})" if hints else ""
     return (" ".join(said[0]).rstrip(".") if said else "the words don't fit") + hint

@@ -1,0 +1,123 @@
+"""Training steps and generation against transformers' Llama: same weights, threads and inputs, outputs equal first."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import transformers
+from torch import Tensor
+
+from benchmarks.timing import HEADER, interleaved, row
+from toto.model.config import ModelConfig
+from toto.model.transformer import Transformer
+from toto.training.objective import next_token_loss
+
+SHAPES = {
+    "demo (2 x 128), 1 x 1,026 tokens": (
+        ModelConfig(vocab_size=4100, width=128, layers=2, heads=2, mlp_hidden=384),
+        1026,
+    ),
+    "12 x 256, 1 x 1,026 tokens": (ModelConfig(vocab_size=8196, width=256, layers=12, heads=4, mlp_hidden=704), 1026),
+}
+
+
+def main() -> None:
+    """Print tokens a second of a whole training step and of greedy generation."""
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    for name, (config, length) in SHAPES.items():
+        model, llama = pair(config)
+        tokens = torch.randint(4, config.vocabulary, (1, length))
+        with torch.inference_mode():
+            torch.testing.assert_close(model(tokens).logits, llama(tokens).logits, atol=1e-4, rtol=1e-4)
+        print(f"\nTraining step, {name}, bf16 autocast, fused AdamW, clipping; logits equal in fp32\n\n{HEADER}")
+        for way, seconds in train_both(model, llama, tokens).items():
+            print(row(way, seconds, units=length, unit="tokens"))
+        print(f"\nGreedy generation, {name}: 512 tokens of prompt + 64, fp32; tokens equal\n\n{HEADER}")
+        for way, seconds in generate_both(*pair(config), tokens[:, :512]).items():
+            print(row(way, seconds, units=64, unit="tokens"))
+
+
+def pair(config: ModelConfig) -> tuple[Transformer, transformers.LlamaForCausalLM]:
+    """Our decoder and a Llama with its weights."""
+    torch.manual_seed(0)
+    model = Transformer(config)
+    theirs = transformers.LlamaConfig(
+        vocab_size=config.vocabulary,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_hidden,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    llama = transformers.LlamaForCausalLM(theirs)
+    state = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
+    state["lm_head.weight"] = model.head.weight
+    for number, block in enumerate(model.blocks):
+        parts = {
+            "input_layernorm": block.attention_norm.weight,
+            "post_attention_layernorm": block.mlp_norm.weight,
+            "self_attn.o_proj": block.attention.out.weight,
+            "mlp.down_proj": block.mlp.down.weight,
+        }
+        parts |= dict(
+            zip(
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                block.attention.qkv.weight.chunk(3),
+                strict=True,
+            )
+        )
+        parts |= dict(zip(("mlp.gate_proj", "mlp.up_proj"), block.mlp.gate_up.weight.chunk(2), strict=True))
+        state |= {f"model.layers.{number}.{part}.weight": weight for part, weight in parts.items()}
+    llama.load_state_dict(copy.deepcopy(state))
+    return model, llama
+
+
+def train_both(model: Transformer, llama: transformers.LlamaForCausalLM, tokens: Tensor) -> dict[str, list[float]]:
+    """Seconds of whole training steps."""
+
+    def step_of(network: torch.nn.Module, loss_of):
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+
+        def step() -> None:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = loss_of()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    ours = step_of(model, lambda: next_token_loss(model, tokens))
+    theirs = step_of(llama, lambda: llama(tokens, labels=tokens, use_cache=False).loss)
+    return interleaved({"toto": ours, "transformers Llama (sdpa)": theirs})
+
+
+def generate_both(model: Transformer, llama: transformers.LlamaForCausalLM, prompt: Tensor) -> dict[str, list[float]]:
+    """Seconds of greedy generation with each one's cache; the tokens are compared first."""
+    model.eval()
+    llama.eval()
+
+    @torch.inference_mode()
+    def ours() -> Tensor:
+        cache, sequence, new = model.new_cache(1, prompt.shape[1] + 64), prompt, prompt
+        for _ in range(64):
+            hidden, _, cache = model.trunk(new, cache=cache)
+            new = model.head(model.norm(hidden[:, -1:])).argmax(-1)
+            sequence = torch.cat([sequence, new], dim=1)
+        return sequence
+
+    def theirs() -> Tensor:
+        return llama.generate(prompt, max_new_tokens=64, do_sample=False)
+
+    assert ours().equal(theirs())
+    return interleaved({"toto": ours, "transformers generate": theirs})
+
+
+if __name__ == "__main__":
+    main()
