@@ -82,10 +82,16 @@ def find_duplicates(items: tuple[Item, ...]) -> dict[str, str]:
     return duplicates
 
 
+def _unreadable(error: OSError) -> None:
+    raise ConfigError(
+        f"folder can't be listed ({error.strerror})", where=error.filename, fix="check its permissions"
+    ) from None
+
+
 def _walk(root: Path) -> list[Path]:
     files: list[Path] = []
     seen: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_unreadable):
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()
