@@ -74,11 +74,13 @@ class Progress:
         if self.total is not None and self.rate > 0 and self.done < self.total:
             left = f", {duration((self.total - self.done) / self.rate)} left"
         note = f"  {self.note}" if self.note else ""
-        print(
-            f"{self.what}: {self.done}{of} {self.unit}, {self.rate:,.1f}/s{left}{note}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{self.what}: {self.done}{of} {self.unit}, {self.rate:,.1f}/s{left}{note}")
+
+
+def say(line: str) -> None:
+    """Tell the person who waits something, beside the output."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def duration(seconds: float) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tyro.conf import Positional
 
 from toto.media.catalog import Catalog, Item, find_duplicates, list_source
 from toto.media.decode import read_image, stream_video
@@ -54,10 +55,12 @@ BYTES_IN_SHARD = 64_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeConfig:
-    """What to tokenize and how.
+    """Tokenize a folder of images and videos (or one file) into a store of shards.
+
+    Run the same job again to continue one that was interrupted.
 
     Attributes:
-        source: a folder of images and videos (class = first folder below it), or one file.
+        source: a folder of images and videos, or one file; the first folder below it is the label.
         out: the store's folder.
         tokenizer: "embedded" or a tokenizer folder.
         size: R; the shortest side becomes R, then an R x R crop is taken.
@@ -70,7 +73,7 @@ class TokenizeConfig:
         device: where the tokenizer runs.
     """
 
-    source: Path
+    source: Positional[Path]
     out: Path
     tokenizer: str = EMBEDDED
     size: int = 128

@@ -188,7 +188,7 @@ class Mixture:
 
 def sequences_of(windows: list[Window], frames: int | None = None) -> Int64[Tensor, "B S"]:
     """Windows as sequences of ids; with `frames`, each cut into sequences of so many frames."""
-    parts = [window.codes[None] if frames is None else window.codes.unflatten(0, (-1, frames)) for window in windows]
+    parts = [window.codes.reshape(-1, frames or len(window.codes), *window.codes.shape[1:]) for window in windows]
     return torch.cat([pack(codes, window.modality) for codes, window in zip(parts, windows, strict=True)])
 
 

@@ -348,7 +348,8 @@ class Run:
     def _average(self) -> None:
         """Move the averaged weights towards the model's; early steps count for more."""
         decay = min(self.config.average_decay, (self.step + 1) / (self.step + 10))
-        torch._foreach_lerp_(list(self.average.parameters()), self.parameters, 1 - decay)
+        averages: list[Tensor] = list(self.average.parameters())
+        torch._foreach_lerp_(averages, self.parameters, 1 - decay)
         self.average.codebook.copy_(self.model.codebook)
 
     def _require_finite(self, loss: Tensor) -> None:
