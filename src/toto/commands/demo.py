@@ -157,7 +157,8 @@ def reconstructions(tokenizer: Tokenizer, out: Path) -> tuple[Path, str]:
 def continuations(checkpoint: Path, tokenizer: Tokenizer, out: Path) -> list[tuple[Path, str]]:
     """Continue held-out scenes; a film and a sheet for each, the true frames beside the model's."""
     model = load_model(checkpoint)
-    made: list[tuple[Path, str]] = []
+    sheets: list[tuple[Path, str]] = []
+    films: list[tuple[Path, str]] = []
     for path in shown_scenes():
         truth = shown_frames(path)
         codes = tokenizer.encode(truth)
@@ -174,9 +175,9 @@ def continuations(checkpoint: Path, tokenizer: Tokenizer, out: Path) -> list[tup
         rows = contact_sheet(truth, columns=FRAMES), contact_sheet(frames, prompt=PROMPT, columns=FRAMES)
         write_image(sheet, torch.cat(rows))
         told = f"the film (above); {PROMPT} frames of prompt (blue) and the model's {FRAMES - PROMPT}"
-        made.append((sheet, f"Scene {path.stem}: {told}"))
-        made.append((film, f"Scene {path.stem}: the film (left), prompt and continuation (right)"))
-    return made
+        sheets.append((sheet, f"Scene {path.stem}: {told}"))
+        films.append((film, f"Scene {path.stem}: the film (left), prompt and continuation (right)"))
+    return sheets + films
 
 
 def write_demo_page(
