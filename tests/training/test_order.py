@@ -63,6 +63,7 @@ def test_any_batch_can_be_asked_for_first(mixture, video_store, image_store):
 
 def test_an_epoch_holds_every_window_once_and_the_next_one_others(mixture):
     videos = mixture.sources[0]
+    assert str(videos).endswith("19 windows of 4 in an epoch, 1 videos shorter than 4 frames left out")
     assert videos.draws_per_epoch == 20 // 4 + 9 // 4 + 1 + 33 // 4 + 0 + 12 // 4
     epochs = [
         [videos.draw(epoch * videos.draws_per_epoch + draw).origin for draw in range(videos.draws_per_epoch)]

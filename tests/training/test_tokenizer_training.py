@@ -162,7 +162,9 @@ def test_colours_are_left_alone_where_they_should() -> None:
 def test_codes_follow_their_vectors_and_dead_ones_move() -> None:
     tiny = StackConfig(widths=(4, 4), hidden=(4, 4), blocks=(1, 1))
     model = DVAE(DVAEConfig(vocab_size=4, code_width=2, encoder=tiny, decoder=tiny))
-    book = Codebook(model, CodebookConfig(begin_step=1, decay=0.5, commitment=1.0, dead_below=0.2))
+    book = Codebook(
+        model, CodebookConfig(begin_step=1, decay=0.5, commitment=1.0, cooldown_commitment=1.0, dead_below=0.2)
+    )
     here = torch.nn.functional.normalize(torch.tensor([[1.0, 0.1], [1.0, -0.1]]), dim=-1)
     assert book.follow(here, torch.zeros(2, dtype=torch.int64), 0, stream(0)) == 4
     assert {tuple(row) for row in model.codebook.tolist()} <= {tuple(row) for row in here.tolist()}
@@ -177,10 +179,13 @@ def test_gradients_pass_straight_through() -> None:
     tiny = StackConfig(widths=(4, 4), hidden=(4, 4), blocks=(1, 1))
     model = DVAE(DVAEConfig(vocab_size=4, code_width=2, encoder=tiny, decoder=tiny))
     model.codebook.copy_(torch.eye(2).repeat(2, 1))
-    book = Codebook(model, CodebookConfig(begin_step=1, decay=0.5, commitment=0.0, dead_below=0.2))
+    book = Codebook(
+        model, CodebookConfig(begin_step=1, decay=0.5, commitment=0.0, cooldown_commitment=0.0, dead_below=0.2)
+    )
     latents = torch.tensor([0.6, 0.8]).view(1, 1, 1, 2).requires_grad_()
-    vectors, _ = book.quantise(latents, model.nearest(latents))
+    vectors, distance = book.quantise(latents, model.nearest(latents))
     assert torch.allclose(vectors, torch.tensor([0.0, 1.0]))
+    assert float(distance) == pytest.approx(0.4)  # 0.6 squared + 0.2 squared
     (vectors * torch.tensor([3.0, 5.0])).sum().backward()
     assert torch.equal(latents.grad, torch.tensor([3.0, 5.0]).view(1, 1, 1, 2))
 

@@ -11,8 +11,6 @@ import tyro
 
 from toto.commands.parsing import parse, parse_source, take_word
 from toto.evaluation.likelihood import heldout_evaluation
-from toto.model.budget import parameter_line
-from toto.model.weights import load_model
 from toto.recipes import PRETRAINING
 from toto.runtime.metrics import read_metrics
 from toto.training.config import TrainConfig
@@ -67,6 +65,5 @@ def run(words: list[str]) -> None:
             data.heldout, frames=data.frames, most=config.eval_sequences, precision=config.precision
         )
     last = train(config, options.out, evaluate=evaluate, resume=options.resume)
-    print(f"{last}: {parameter_line(load_model(last).config)}")
-    final = read_metrics(options.out)[-1]
-    print(", ".join(f"{key} {value:.4g}" for key, value in final.items()))
+    final = {name: value for row in read_metrics(options.out)[-2:] for name, value in row.items()}
+    print(f"{last}: " + ", ".join(f"{name} {value:.4g}" for name, value in final.items()))

@@ -29,12 +29,14 @@ class CodebookConfig:
             vectors of the last step without it.
         decay: of the averages over steps.
         commitment: weight of the squared distance between a vector and its code.
+        cooldown_commitment: the same during the cool-down.
         dead_below: a code with less than this share of an even use is put elsewhere.
     """
 
     begin_step: int
     decay: float
     commitment: float
+    cooldown_commitment: float
     dead_below: float
 
 
@@ -65,10 +67,10 @@ class Codebook:
     def quantise(
         self, latents: Float[Tensor, "B rows cols D"], codes: Int64[Tensor, "B rows cols"]
     ) -> tuple[Float[Tensor, "B rows cols D"], Float[Tensor, ""]]:
-        """The codes' vectors, with gradients that pass straight through to the latents; and the commitment term."""
+        """The codes' vectors, with gradients that pass straight through to the latents; and their distance."""
         chosen = self.vectors[codes]
         distance = (latents - chosen).square().sum(-1).mean()
-        return latents + (chosen - latents).detach(), self.config.commitment * distance
+        return latents + (chosen - latents).detach(), distance
 
     @torch.no_grad()
     def follow(

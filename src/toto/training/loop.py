@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toto.model.budget import parameter_line
 from toto.model.config import with_vocabulary
 from toto.model.transformer import Transformer
 from toto.model.weights import Card, load_card, load_model, newest_checkpoint
@@ -20,7 +21,7 @@ from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunErro
 from toto.runtime.files import read_json, sha256_of, write_json
 from toto.runtime.interrupt import stop_on_signal
 from toto.runtime.metrics import Metrics
-from toto.runtime.progress import Progress
+from toto.runtime.progress import Progress, say
 from toto.runtime.provenance import as_plain, write_provenance
 from toto.tokens.passport import Passport
 from toto.tokens.sequence import sequence_vocabulary
@@ -135,6 +136,9 @@ def _prepare(config: TrainConfig, out: Path, resume: bool) -> _Run:
         if config.init is not None:
             start_from(config.init, model, mixture.passport)
         write_provenance(out, resolved)
+    for source in mixture.sources:
+        say(str(source))
+    say(f"model: {parameter_line(architecture)}, on {device}")
     metrics = Metrics(out, continue_from=step if newest else None)
     return _Run(config, out, mixture, model, optimizer, metrics, device, step)
 

@@ -74,15 +74,22 @@ class Source:
         if config.modality == "image":
             self._items = np.flatnonzero(counts)
             self.draws_per_epoch = math.ceil(len(self._items) / frames)
+            self.left_out = 0
         else:
             self._windows_before = np.concatenate([[0], np.cumsum(counts // frames)])
             self.draws_per_epoch = int(self._windows_before[-1])
+            self.left_out = int((is_kind & (counts < frames)).sum())
         if self.draws_per_epoch == 0:
             raise ConfigError(
                 f"holds no {config.modality} of {frames if config.modality == 'video' else 1} frames",
                 where=config.path,
                 fix="give longer videos, a smaller T, or the other modality",
             )
+
+    def __str__(self) -> str:
+        unit = "groups of images" if self.config.modality == "image" else "windows"
+        short = f", {self.left_out} videos shorter than {self.frames} frames left out" if self.left_out else ""
+        return f"{self.config.path}: {self.draws_per_epoch:,} {unit} of {self.frames} in an epoch{short}"
 
     def draw(self, number: int) -> Window:
         """The source's `number`-th draw since the beginning of training."""

@@ -199,7 +199,7 @@ class Part:
     """What some of a step's crops gave."""
 
     squared: Tensor
-    commitment: Tensor
+    distance: Tensor
     loss: Tensor
     latents: Tensor
     codes: Tensor
@@ -226,7 +226,7 @@ class Run:
         self.average.load_state_dict(self.model.state_dict())
         self.average.requires_grad_(False)
         self.codebook = Codebook(self.model, config.codebook)
-        self.parameters = list(self.model.parameters())
+        self.parameters: list[Tensor] = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay
         )
@@ -254,7 +254,7 @@ class Run:
         return {
             "train/loss": float(loss),
             "train/psnr_db": -10 * math.log10(float(squared) / 4),
-            "train/commitment": float(torch.stack([part.commitment for part in parts]).mean()),
+            "train/code_distance": float(torch.stack([part.distance for part in parts]).mean()),
             "train/codes_in_batch": float(torch.bincount(codes).count_nonzero()),
             "train/codes_revived": float(revived),
             "train/gradient_norm": float(norm),
@@ -266,15 +266,17 @@ class Run:
         with autocast(self.config.precision, self.device):
             latents = self.model.latents(pixels)
             codes = self.model.nearest(latents.detach())
-            vectors, commitment = latents, latents.new_zeros(())
+            vectors, distance = latents, latents.new_zeros(())
             if self.codebook.active(self.step):
-                vectors, commitment = self.codebook.quantise(latents, codes)
+                vectors, distance = self.codebook.quantise(latents, codes)
             rebuilt = self.model.pixels(vectors).float()
         squared, absolute = F.mse_loss(rebuilt, pixels), F.l1_loss(rebuilt, pixels)
-        loss = squared + self.config.absolute_error * absolute + commitment
+        book = self.config.codebook
+        weight = book.cooldown_commitment if cooldown(self.config, self.step) else book.commitment
+        loss = squared + self.config.absolute_error * absolute + weight * distance
         return Part(
             squared=squared.detach(),
-            commitment=commitment.detach(),
+            distance=distance.detach(),
             loss=loss.detach(),
             latents=latents.detach().flatten(0, 2),
             codes=codes.flatten(),
