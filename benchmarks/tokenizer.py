@@ -6,9 +6,11 @@ python benchmarks/tokenizer.py --picture docs/pictures/tokenizer.png
 from __future__ import annotations
 
 import argparse
+import io
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -21,7 +23,8 @@ from toto.tokens.quality import psnr, reconstruction_report
 from toto.tokens.tokenizer import Tokenizer, load_tokenizer
 
 SCENE_STRIDE = 6
-TILE, GAP, LABEL = 192, 6, 92
+AVIF_CONTAINER = 280  # bytes of an AVIF file that are not its picture
+TILE, GAP, LABEL = 192, 6, 104
 SHOWN = 6
 
 
@@ -53,6 +56,34 @@ def speed(tokenizer: Tokenizer, size: int) -> None:
             call()
             best[name] = max(best[name], len(frames) / (time.perf_counter() - began))
     print(f"{size} px: encode {best['encode']:,.0f} frames/s, decode {best['decode']:,.0f} frames/s")
+
+
+def yardstick(frames: Tensor, payload: int) -> tuple[float, float]:
+    """Mean size and PSNR of AVIF at the best quality of each frame whose payload stays within so many bytes."""
+    sizes, ratios = [], []
+    for frame in frames:
+        low, high, best = 0, 100, (0, 0.0)
+        while low <= high:
+            quality, buffer = (low + high) // 2, io.BytesIO()
+            Image.fromarray(frame.numpy()).save(buffer, "AVIF", quality=quality, speed=6, max_threads=1)
+            size = buffer.tell() - AVIF_CONTAINER
+            if size <= payload:
+                again = torch.from_numpy(np.array(Image.open(buffer).convert("RGB")))
+                best, low = (size, float(psnr(frame[None], again[None]))), quality + 1
+            else:
+                high = quality - 1
+        sizes.append(best[0])
+        ratios.append(best[1])
+    return sum(sizes) / len(sizes), sum(ratios) / len(ratios)
+
+
+def print_yardstick() -> None:
+    """Print what AVIF makes of the held-out frames in the bytes of their codes, and in more."""
+    scenes = torch.cat(squares(sample.scenes("heldout"), 128, 4 * SCENE_STRIDE))
+    photographs = torch.cat(squares(sample.photographs("heldout"), 128, 1))
+    for name, frames, payload in (("scenes", scenes, 384), ("photographs", photographs, 384), ("scenes", scenes, 768)):
+        size, ratio = yardstick(frames, payload)
+        print(f"AVIF, {name}, at most {payload} bytes: {size:.0f} bytes, {ratio:.2f} dB", flush=True)
 
 
 def draw(tokenizer: Tokenizer, out: Path) -> None:
@@ -93,6 +124,7 @@ def main() -> None:
     """Print the figures; draw the picture where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--picture", type=Path, help="draw originals above reconstructions into this file")
+    parser.add_argument("--avif", action="store_true", help="print what AVIF makes of the same frames")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -103,6 +135,8 @@ def main() -> None:
         measure(tokenizer, size)
     for size in (64, 128):
         speed(tokenizer, size)
+    if args.avif:
+        print_yardstick()
     if args.picture:
         draw(tokenizer, args.picture)
 

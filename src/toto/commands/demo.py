@@ -59,7 +59,7 @@ class Options:
 
     out: Path = Path("runs/demo")
     steps: int | None = None
-    views: int = 12
+    views: int = 8
     clips: int = 480
 
 

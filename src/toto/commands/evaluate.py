@@ -145,6 +145,9 @@ def print_bits(result: Result) -> None:
         cells = [result.metrics.get(f"{name}_bits{part}") for part in ("", "_first_frame", "_later_frames")]
         table.add_row(name, *(_cell(metric) for metric in cells))
     Console().print(table)
+    gain = result.metrics.get("gain_over_copy_later_frames")
+    if gain is not None:
+        print(f"model against copying on later frames, window by window: {_cell(gain)} bits fewer")
     frames, rate = result.protocol["frames"], result.protocol["copy_rate"]
     print(f"{result.evaluated} windows of {frames} frames; copy rate {rate:.3f}")
 

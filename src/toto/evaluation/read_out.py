@@ -97,6 +97,9 @@ def bits(
     metrics = {name: Metric(value=value) for name, value in found.summary().items()}
     for name in ("model", "unigram", "copy"):
         metrics[f"{name}_bits"] = bootstrap(getattr(found, name).mean(dim=1).numpy())
+    if found.model.shape[1] > 1:
+        won = (found.copy - found.model)[:, 1:].mean(dim=1)
+        metrics["gain_over_copy_later_frames"] = bootstrap(won.numpy())
     return Result(
         task="bits",
         protocol={

@@ -9,7 +9,13 @@ from toto.training.tokenizer_data import CropConfig, Source
 
 
 def embedded() -> TokenizerTrainConfig:
-    """The tokenizer that ships with toto, from the embedded sample alone."""
+    """The tokenizer that ships with toto, from the embedded sample alone.
+
+    Command: toto tokenizer train embedded --out runs/tokenizer
+    Cost: about 35 minutes on two busy cores, 1.5 GB of memory; a tokenizer of 9.0 MB.
+    Expect: 25.5 dB on the held-out scenes and 23.1 dB on the held-out photographs at 128 px. On the way, on the
+        scenes: 24.9 dB after 1,000 steps, 25.2 dB after 3,000, where the rate still stands at its height.
+    """
     return TokenizerTrainConfig(
         name="embedded",
         model=DVAEConfig(

@@ -37,7 +37,7 @@ KIND: Final = "dvae"
 PREPROCESSING: Final = "RGB uint8 / 127.5 - 1, not resized, every frame by itself"
 STEM: Final = 4  # sides of the pixel squares that become channels at either end
 DOWNSAMPLING: Final = 2 * STEM
-CHUNK_PIXELS: Final = {"cpu": 2**16, "other": 2**20}  # pixels that are encoded or decoded at once
+CHUNK_PIXELS: Final = {"cpu": 2**15, "other": 2**20}  # pixels that are encoded or decoded at once
 
 
 @dataclass(frozen=True, kw_only=True)

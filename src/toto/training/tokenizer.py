@@ -7,7 +7,6 @@ and the step alone, and the whole state is saved, so a run that was stopped goes
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import sys
@@ -33,9 +32,10 @@ from toto.runtime.progress import Progress, duration
 from toto.runtime.provenance import as_plain, write_provenance
 from toto.runtime.seed import integer, stream
 from toto.tokens.dvae import DVAE, DVAEConfig, DVAETokenizer
-from toto.tokens.quality import ReconstructionReport, reconstruction_report
+from toto.tokens.quality import ReconstructionReport
 from toto.training.codebook import Codebook, CodebookConfig
 from toto.training.tokenizer_data import CropConfig, Crops, Source, load_squares
+from toto.training.tokenizer_heldout import evaluate, flat, rounded, warn_of_collapse
 
 STATE_FILE: Final = "trainer.safetensors"
 
@@ -160,7 +160,8 @@ def loop(run: Run, crops: Crops, heldout: Mapping[str, Tensor], metrics: Metrics
             if run.step % config.evaluate_every == 0 and run.step < config.steps:
                 look = evaluate(run.tokenizer(), heldout)
                 metrics.write(run.step, flat(look))
-                warn_of_collapse(look, config, run.step)
+                if run.codebook.active(run.step):
+                    warn_of_collapse(look, config.model.vocab_size, config.collapse_below, run.step)
                 heldout_note = ", ".join(f"{name} {report.psnr_db:.2f} dB" for name, report in look.items())
             progress.advance(note=f"loss {values['train/loss']:.4f}  {heldout_note}")
             if run.step % config.save_every == 0 or run.step == config.steps or stop:
@@ -374,35 +375,3 @@ def learning_rate(config: TokenizerTrainConfig, step: int) -> float:
 def cooldown(config: TokenizerTrainConfig, step: int) -> float:
     """The share of the cool-down that has passed, 0 before it."""
     return max(0, step - (config.steps - config.cooldown_steps)) / config.cooldown_steps
-
-
-def evaluate(tokenizer: DVAETokenizer, heldout: Mapping[str, Tensor]) -> dict[str, ReconstructionReport]:
-    """What the tokenizer does to each kind of held-out frames."""
-    return {name: reconstruction_report(tokenizer, [frames]) for name, frames in heldout.items()}
-
-
-def flat(look: Mapping[str, ReconstructionReport]) -> dict[str, float]:
-    """Held-out figures by the names metrics have."""
-    return {
-        f"heldout/{name}/{key}": float(value)
-        for name, report in look.items()
-        for key, value in dataclasses.asdict(report).items()
-    }
-
-
-def rounded(report: ReconstructionReport) -> dict[str, float]:
-    """Figures with as many digits as `tokenizer.json` shows."""
-    return {key: round(value, 4) for key, value in dataclasses.asdict(report).items()}
-
-
-def warn_of_collapse(look: Mapping[str, ReconstructionReport], config: TokenizerTrainConfig, step: int) -> None:
-    """Say so where held-out frames use too little of the vocabulary, with a remedy; silent before codes are placed."""
-    if step <= config.codebook.begin_step:
-        return
-    name, best = max(look.items(), key=lambda item: item[1].share_used)
-    if best.share_used < config.collapse_below and best.tokens >= config.model.vocab_size:
-        print(
-            f"warning: step {step}: only {best.codes_used:,} of {config.model.vocab_size:,} codes occur in {name}; "
-            "raise codebook.dead_below, or lower learning_rate or model.vocab_size",
-            file=sys.stderr,
-        )
