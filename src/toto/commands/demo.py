@@ -14,7 +14,7 @@ from torch import Tensor
 from toto.commands.evaluate import print_bits, print_probe
 from toto.commands.parsing import parse
 from toto.evaluation.features import open_backbone
-from toto.evaluation.labelled import procedural_clips
+from toto.evaluation.labelled import ProceduralLabel, procedural_clips
 from toto.evaluation.likelihood import heldout_evaluation
 from toto.evaluation.probe import ProbeConfig
 from toto.evaluation.read_out import bits, probe
@@ -42,6 +42,7 @@ from toto.training.mixture import SourceConfig
 
 SIZE, STRIDE, FRAMES, PROMPT = 64, 4, 16, 8
 SHOWN_SCENES = 3
+PROBED: tuple[ProceduralLabel, ...] = ("motion", "bar")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class Options:
     out: Path = Path("runs/demo")
     steps: int | None = None
     views: int = 8
-    clips: int = 480
+    clips: int = 300
 
 
 def run(words: list[str]) -> None:
@@ -74,9 +75,10 @@ def run(words: list[str]) -> None:
     print_bits(found)
     found.save(options.out / "bits.json")
     tokenizer = load_tokenizer()
-    probed = probe_motions(last, tokenizer, options)
-    print_probe(probed)
-    probed.save(options.out / "probe.json")
+    probed = {label: probe_procedural(last, tokenizer, options, label) for label in PROBED}
+    for label, result in probed.items():
+        print_probe(result)
+        result.save(options.out / f"probe-{label}.json")
     pictures = reconstructions(tokenizer, options.out), *continuations(last, tokenizer, options.out)
     write_demo_page(options.out, config, found, probed, pictures, seconds=time.monotonic() - began)
     print(f"{options.out / 'index.html'}: done in {duration(time.monotonic() - began)}")
@@ -125,10 +127,10 @@ def pretrain(config: TrainConfig, out: Path) -> Path:
     return train(config, out, evaluate=evaluate, resume=True)
 
 
-def probe_motions(checkpoint: Path, tokenizer: Tokenizer, options: Options) -> Result:
-    """Probe the motion classes of the procedural corpus at every layer."""
-    clips = procedural_clips(1, options.clips, frames=FRAMES, size=SIZE)
-    test = procedural_clips(2, max(6, options.clips // 3), frames=FRAMES, size=SIZE)
+def probe_procedural(checkpoint: Path, tokenizer: Tokenizer, options: Options, label: ProceduralLabel) -> Result:
+    """Probe a label of the procedural corpus at every layer."""
+    clips = procedural_clips(1, options.clips, frames=FRAMES, size=SIZE, label=label)
+    test = procedural_clips(2, max(6, options.clips // 3), frames=FRAMES, size=SIZE, label=label)
     backbone = open_backbone(checkpoint, tokenizer)
     return probe(backbone, clips, test, config=ProbeConfig(), checkpoint=checkpoint)
 
@@ -184,7 +186,7 @@ def write_demo_page(
     out: Path,
     config: TrainConfig,
     found: Result,
-    probed: Result,
+    probed: dict[ProceduralLabel, Result],
     pictures: tuple[tuple[Path, str], ...],
     *,
     seconds: float,
@@ -196,7 +198,7 @@ def write_demo_page(
     model = load_model(out / "model")
     facts = {
         "parameters": f"{parameter_table(model.config)['total'] / 1e6:.2f} M",
-        "tokens seen": f"{rows[-1].get('train/tokens', 0) / 1e6:.1f} M" if rows else "0",
+        "tokens seen": f"{max(row.get('train/tokens', 0) for row in rows) / 1e6:.1f} M",
         "tokens/s while training (median)": f"{speed[len(speed) // 2]:,.0f}",
         "bits per token on later frames": f"{later['model']:.2f}",
         "copying the frame before": f"{later['copy']:.2f}",
@@ -216,7 +218,10 @@ def write_demo_page(
 
 
 def _sections(
-    rows: list[dict[str, float]], found: Result, probed: Result, pictures: tuple[tuple[Path, str], ...]
+    rows: list[dict[str, float]],
+    found: Result,
+    probed: dict[ProceduralLabel, Result],
+    pictures: tuple[tuple[Path, str], ...],
 ) -> list[Section]:
     table: list[tuple[str, ...]] = [("", "all frames", "first frame", "later frames")]
     for name in ("model", "copy", "unigram"):
@@ -238,12 +243,16 @@ def _sections(
             table=tuple(table),
         ),
         Section(
-            title="What it learnt can be read out",
+            title="What can be read out of it",
             text=(
-                "Probes on frozen features tell six motions of shapes that the model was never trained on. Bands are "
-                "95 % bootstrap intervals over test clips; rings mark the layers that held-back training clips chose.",
+                "Probes on frozen features of clips that are made by code and were never trained on: which of six ways "
+                "a shape moves, and what stands in front of it. Bands are 95 % bootstrap intervals over test clips; "
+                "rings mark the layers that held-back training clips chose.",
             ),
-            plots=(probe_by_layer(probed),),
+            plots=(
+                probe_by_layer(probed["motion"], "How does the shape move? (six motions)"),
+                probe_by_layer(probed["bar"], "What stands in front? (nothing, upright bar, lying bar)"),
+            ),
         ),
         Section(
             title="What the codes hold",

@@ -132,7 +132,8 @@ def print_probe(result: Result) -> None:
     for layer, cells in rows.items():
         table.add_row(str(layer), cells["average"], cells["attention"])
     Console().print(table)
-    print(f"* chosen on a slice of the training clips; chance {100 * result.metrics['chance'].value:.1f}")
+    chance, largest = result.metrics["chance"].value, result.details["largest_class"]
+    print(f"* chosen on a slice of the training clips; chance {100 * chance:.1f}, largest class {100 * largest:.1f}")
     print(f"{result.evaluated} of {result.offered} test clips evaluated, {result.failed} could not be read")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -14,7 +15,7 @@ from toto.media.catalog import Item, list_source
 from toto.media.clip import Clip
 from toto.media.decode import read_clip, read_image
 from toto.media.ledger import LedgerRow, Status
-from toto.media.procedural import MOTIONS, make_clip
+from toto.media.procedural import BARS, MOTIONS, make_clip
 from toto.media.transforms import square
 from toto.runtime.errors import ConfigError, MediaError, ShortMediaError
 from toto.runtime.progress import Progress
@@ -22,6 +23,7 @@ from toto.runtime.seed import stream
 from toto.tokens.sequence import Modality
 
 Reader = Callable[[int], Clip]
+ProceduralLabel = Literal["motion", "bar"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +65,19 @@ class Extracted:
     failed: tuple[LedgerRow, ...]
 
 
-def procedural_clips(seed: int, count: int, *, frames: int, size: int) -> LabelledClips:
-    """The first `count` clips of a procedural corpus; the label is the motion."""
+def procedural_clips(
+    seed: int, count: int, *, frames: int, size: int, label: ProceduralLabel = "motion"
+) -> LabelledClips:
+    """The first `count` clips of a procedural corpus, labelled by the motion or by the bar in front of the shape."""
+    if label == "motion":
+        labels = tuple(number % len(MOTIONS) for number in range(count))
+    else:
+        labels = tuple(make_clip(seed, number, frames=1, size=16).bar for number in range(count))
     return LabelledClips(
-        name=f"procedural motions, seed {seed}",
+        name=f"procedural {label}, seed {seed}",
         modality="video",
-        classes=MOTIONS,
-        labels=tuple(number % len(MOTIONS) for number in range(count)),
+        classes=MOTIONS if label == "motion" else BARS,
+        labels=labels,
         ids=tuple(f"procedural/{seed}/{number}" for number in range(count)),
         read=lambda number: make_clip(seed, number, frames=frames, size=size).clip,
     )

@@ -5,9 +5,9 @@ trained at several learning rates together; each (layer, head) keeps the rate th
 clips, and the layer that the result names is chosen on that slice too. The test clips choose nothing.
 
 The attention head is AIM's (apple/ml-aim): one learned query, keys and values without bias, several heads, then a
-linear classifier. Tokens are standardised with the training clips' mean and deviation (AIM: a batch norm without
-parameters). As the query is the same for all clips, it is multiplied into the key matrix first, and the value matrix
-is applied after pooling: the same numbers, for a small part of the work.
+linear classifier. What a head reads, tokens or their mean, is standardised with the training clips' mean and deviation
+(AIM: a batch norm without parameters). As the query is the same for all clips, it is multiplied into the key matrix
+first, and the value matrix is applied after pooling: the same numbers, for a small part of the work.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ProbeConfig:
     """
 
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    epochs: int = 30
+    epochs: int = 60
     batch: int = 64
     weight_decay: float = 1e-2
     heads: int = 4
@@ -92,10 +92,11 @@ def train_probes(train: Features, test: Features, *, classes: int, config: Probe
     layers = list(train.by_layer)
     with Progress("probing", total=len(layers), unit="layers") as progress:
         for layer in layers:
-            tokens = _standardised(train.by_layer[layer], test.by_layer[layer], kept, slice_)
+            states = train.by_layer[layer][kept], train.by_layer[layer][slice_], test.by_layer[layer]
             labels = train.labels[kept], train.labels[slice_], test.labels
             for pool in POOLS:
-                fit, held, seen = ((_pooled(part, pool), truth) for part, truth in zip(tokens, labels, strict=True))
+                parts = _standardised(tuple(_pooled(part, pool) for part in states))
+                fit, held, seen = zip(parts, labels, strict=True)
                 scores.append(_best_of_rates(layer, pool, fit, held, seen, classes, config))
             progress.advance()
     return scores
@@ -217,15 +218,10 @@ def _logits_of_all(heads: list[Head], tokens: Float[Tensor, "B tokens D"]) -> Fl
     return torch.stack([head.classify(part) for head, part in zip(attention, pooled, strict=True)])
 
 
-def _standardised(train: Tensor, test: Tensor, kept: Tensor, slice_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens to fit, to choose by and to test on, with the mean and deviation of those to fit taken out."""
-    fit = train[kept].float()
-    mean, deviation = fit.mean(dim=(0, 1)), fit.std(dim=(0, 1), correction=0).add(1e-6)
-
-    def standard(part: Tensor) -> Tensor:
-        return (part.float() - mean).div(deviation).bfloat16()
-
-    return standard(fit), standard(train[slice_]), standard(test)
+def _standardised(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Features of several splits, with the mean and deviation of the first one's taken out of all."""
+    mean, deviation = parts[0].float().mean(dim=(0, 1)), parts[0].float().std(dim=(0, 1), correction=0).add(1e-6)
+    return tuple(((part.float() - mean) / deviation).to(part.dtype) for part in parts)
 
 
 def _pooled(tokens: Tensor, pool: Pool) -> Tensor:

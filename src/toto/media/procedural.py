@@ -19,6 +19,7 @@ from torch import Tensor
 from toto.media.clip import Clip
 from toto.runtime.seed import stream
 
+BARS = ("none", "upright", "lying")
 MOTIONS = ("left", "right", "up", "down", "clockwise", "counterclockwise")
 FRAME_RATE = 6.0
 Array = npt.NDArray[np.float64]
@@ -32,12 +33,14 @@ class ProceduralClip:
     Attributes:
         clip: the frames.
         label: index into `MOTIONS`.
+        bar: index into `BARS`: what stands in front of the shape.
         mask: bool `[T, H, W]`, where the shape is visible.
         whole_mask: bool `[T, H, W]`, where the shape is, occluded or not.
     """
 
     clip: Clip
     label: int
+    bar: int
     mask: Bool[Tensor, "T H W"]
     whole_mask: Bool[Tensor, "T H W"]
 
@@ -59,12 +62,13 @@ def make_clip(seed: int, number: int, *, frames: int = 16, size: int = 64) -> Pr
     """
     rng = stream(seed, "procedural", number)
     label = number % len(MOTIONS)
+    bar_kind = int(rng.choice(len(BARS), p=(0.5, 0.25, 0.25)))  # first of all draws, so that no other moves it
     background = 60 + 120 * _texture(rng, size, smoothness=6)[:, :, None] * rng.uniform(0.5, 1.0, 3)
     paint = 255 * (0.35 * _texture(rng, size, smoothness=2)[:, :, None] + 0.65 * rng.uniform(0, 1, 3))
     radius, corners = rng.uniform(0.17, 0.26) * size, int(rng.integers(3, 6))
     start, angle = rng.uniform(0, size, 2), rng.uniform(0, 2 * np.pi)
     speed, turn = rng.uniform(0.025, 0.05) * size, rng.uniform(0.12, 0.25)
-    bar = _bar(rng, size) if rng.random() < 0.5 else np.zeros((size, size), dtype=bool)
+    bar = _bar(rng, size, bar_kind)
     bar_paint = 255 * rng.uniform(0, 1, 3) * np.ones((size, size, 1))
 
     pictures, wholes = [], []
@@ -88,7 +92,9 @@ def make_clip(seed: int, number: int, *, frames: int = 16, size: int = 64) -> Pr
         source=f"procedural/{seed}/{number}",
         rate=FRAME_RATE,
     )
-    return ProceduralClip(clip=clip, label=label, mask=whole_mask & ~torch.from_numpy(bar), whole_mask=whole_mask)
+    return ProceduralClip(
+        clip=clip, label=label, bar=bar_kind, mask=whole_mask & ~torch.from_numpy(bar), whole_mask=whole_mask
+    )
 
 
 def picture_batch(seed: int, numbers: range, *, frames: int, size: int) -> tuple[UInt8[Tensor, "B T H W 3"], list[int]]:
@@ -126,9 +132,10 @@ def _polygon(along: Array, across: Array, radius: float, corners: int) -> Mask:
     return inside
 
 
-def _bar(rng: np.random.Generator, size: int) -> Mask:
-    """A bar across the picture, upright or lying."""
+def _bar(rng: np.random.Generator, size: int, kind: int) -> Mask:
+    """Where the bar is: nowhere, or across the picture, upright or lying."""
     place, width = rng.integers(size // 8, size - size // 4), max(2, size // 10)
     bar = np.zeros((size, size), dtype=bool)
-    bar[:, place : place + width] = True
-    return bar if rng.random() < 0.5 else bar.T.copy()
+    if BARS[kind] != "none":
+        bar[:, place : place + width] = True
+    return bar.T.copy() if BARS[kind] == "lying" else bar

@@ -41,9 +41,9 @@ def bits_by_frame(bits: Result) -> str:
     return _svg(figure)
 
 
-def probe_by_layer(probe: Result) -> str:
+def probe_by_layer(probe: Result, title: str) -> str:
     """Probe accuracy by layer with intervals, the chosen layers marked, and the chance level."""
-    figure, axes = _figure("Motion probed at every layer", "layer (0: embedding)", "test accuracy, %")
+    figure, axes = _figure(title, "layer (0: embedding)", "test accuracy, %")
     for pool, colour in POOL_COLOURS.items():
         rows = [row for row in probe.details["by_layer"] if row["pool"] == pool]
         layers = [row["layer"] for row in rows]
@@ -62,6 +62,9 @@ def probe_by_layer(probe: Result) -> str:
         axes.plot(best["layer"], 100 * best["test"], marker="o", markersize=10, mfc="none", color=colour)
     chance = 100 * probe.metrics["chance"].value
     axes.axhline(chance, color=UNIGRAM, linestyle="--", linewidth=1.2, label=f"chance: {chance:.1f}")
+    largest = 100 * probe.details["largest_class"]
+    if largest > chance + 1:
+        axes.axhline(largest, color=UNIGRAM, linestyle=":", linewidth=1.2, label=f"largest class: {largest:.1f}")
     axes.set_ylim(0, 100)
     axes.set_xticks(sorted({row["layer"] for row in probe.details["by_layer"]}))
     axes.legend(frameon=False, fontsize=8, loc="upper left")
