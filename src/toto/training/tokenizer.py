@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -28,7 +27,7 @@ from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunErro
 from toto.runtime.files import written_aside
 from toto.runtime.interrupt import stop_on_signal
 from toto.runtime.metrics import Metrics
-from toto.runtime.progress import Progress, duration
+from toto.runtime.progress import Progress, duration, say
 from toto.runtime.provenance import as_plain, write_provenance
 from toto.runtime.seed import integer, stream
 from toto.tokens.dvae import DVAE, DVAEConfig, DVAETokenizer
@@ -138,8 +137,8 @@ def train_tokenizer(config: TokenizerTrainConfig, *, out: Path, resume: bool, de
     tokenizer.save(out)
     for name, report in look.items():
         use = f"{report.codes_used:,} of {tokenizer.vocab_size:,} codes"
-        print(f"{name}: {report.psnr_db:.2f} dB, {use}", file=sys.stderr)
-    print(f"{out}: finished after {duration(time.monotonic() - began)}", file=sys.stderr)
+        say(f"{name}: {report.psnr_db:.2f} dB, {use}")
+    say(f"{out}: finished after {duration(time.monotonic() - began)}")
     return tokenizer
 
 

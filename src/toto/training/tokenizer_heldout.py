@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 
 from torch import Tensor
 
+from toto.runtime.progress import say
 from toto.tokens.quality import ReconstructionReport, reconstruction_report
 from toto.tokens.tokenizer import Tokenizer
 
@@ -38,8 +38,7 @@ def warn_of_collapse(look: Mapping[str, ReconstructionReport], vocab_size: int, 
     """
     name, best = max(look.items(), key=lambda item: item[1].share_used)
     if best.share_used < below and best.tokens >= vocab_size:
-        print(
+        say(
             f"warning: step {step}: only {best.codes_used:,} of {vocab_size:,} codes occur in {name}; "
-            "raise codebook.dead_below, or lower learning_rate or model.vocab_size",
-            file=sys.stderr,
+            "raise codebook.dead_below, or lower learning_rate or model.vocab_size"
         )
