@@ -141,9 +141,9 @@ def shown_frames(path: Path) -> Tensor:
 
 
 def shown_scenes() -> list[Path]:
-    """Held-out scenes spread over the film, long enough for a whole sequence."""
+    """The held-out scenes in the middle of each third of the film."""
     paths = sample.scenes("heldout")
-    return [paths[place * len(paths) // SHOWN_SCENES] for place in range(SHOWN_SCENES)]
+    return [paths[(2 * third + 1) * len(paths) // (2 * SHOWN_SCENES)] for third in range(SHOWN_SCENES)]
 
 
 def reconstructions(tokenizer: Tokenizer, out: Path) -> tuple[Path, str]:
@@ -169,7 +169,7 @@ def continuations(checkpoint: Path, tokenizer: Tokenizer, out: Path) -> list[tup
             codes[None, :PROMPT],
             new_frames=FRAMES - PROMPT,
             context_frames=FRAMES,
-            sampler=SamplerConfig(temperature=0.9, top_p=0.9),
+            sampler=SamplerConfig(temperature=0.8, top_k=20, top_p=0.9),
         )
         frames = tokenizer.decode(continued[0])
         film, sheet = out / f"continuation-{path.stem}.mp4", out / f"continuation-{path.stem}.png"
