@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import transformers
 from torch import Tensor
@@ -73,7 +71,7 @@ def pair(config: ModelConfig) -> tuple[Transformer, transformers.LlamaForCausalL
         )
         parts |= dict(zip(("mlp.gate_proj", "mlp.up_proj"), block.mlp.gate_up.weight.chunk(2), strict=True))
         state |= {f"model.layers.{number}.{part}.weight": weight for part, weight in parts.items()}
-    llama.load_state_dict(copy.deepcopy(state))
+    llama.load_state_dict(state)
     return model, llama
 
 

@@ -36,6 +36,7 @@ def make_store(folder: Path) -> Path:
 
 def main() -> None:
     """Print windows a second of both; their contents are compared first."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_store(Path(scratch) / "store")
@@ -60,6 +61,7 @@ def main() -> None:
                     out[slot] = raw[start : start + T].reshape(-1)
 
         seconds = interleaved({"Mixture, as sequences": ours, "numpy memory map, int64 copy": plain})
+    torch.set_num_threads(threads)
     print(f"Windows of {T} x 256 tokens, batches of {BATCH}, one thread, warm cache\n\n{HEADER}")
     for name, taken in seconds.items():
         print(row(name, taken, units=BATCH * BATCHES, unit="windows"))

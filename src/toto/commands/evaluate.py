@@ -121,7 +121,7 @@ def evaluate_bits(options: BitsOptions) -> Result:
 
 def print_probe(result: Result) -> None:
     """The table by layer, with intervals and the chance level."""
-    table = Table(title="Probe accuracy by layer, with 95 % bootstrap intervals over test clips")
+    table = Table(title=f"Probe of {result.protocol['test']}: accuracy by layer, 95 % bootstrap intervals")
     for name in ("layer", "average pool", "attention pool"):
         table.add_column(name, justify="right")
     rows: dict[int, dict[str, str]] = {}

@@ -26,7 +26,7 @@ def loss_curve(rows: Sequence[dict[str, float]], bits: Result) -> str:
     for label, colour in (("unigram", UNIGRAM), ("copy", COPY)):
         level = bits.metrics[f"{label}_bits_later_frames"].value
         axes.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=f"{label}, held-out: {level:.2f}")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     return _svg(figure)
 
 
@@ -37,7 +37,7 @@ def bits_by_frame(bits: Result) -> str:
         values = bits.details[f"{name}_by_frame"]
         axes.plot(range(1, len(values) + 1), values, color=colour, marker="o", markersize=3, label=name)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
     return _svg(figure)
 
 
@@ -67,7 +67,7 @@ def probe_by_layer(probe: Result, title: str) -> str:
         axes.axhline(largest, color=UNIGRAM, linestyle=":", linewidth=1.2, label=f"largest class: {largest:.1f}")
     axes.set_ylim(0, 100)
     axes.set_xticks(sorted({row["layer"] for row in probe.details["by_layer"]}))
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    _legend(axes)
     return _svg(figure)
 
 
@@ -84,7 +84,11 @@ def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _smoothed(points: list[tuple[float, float]], most: int = 150) -> list[tuple[float, float]]:
+def _legend(axes: Axes) -> None:
+    axes.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.85)
+
+
+def _smoothed(points: list[tuple[float, float]], most: int = 80) -> list[tuple[float, float]]:
     """Means over runs of neighbouring points, so that at most `most` are drawn."""
     width = max(1, len(points) // most)
     groups = [points[first : first + width] for first in range(0, len(points), width)]
