@@ -20,5 +20,7 @@ def run(words: list[str]) -> None:
     unused = [row for row in read_ledger(store.folder) if row.status not in ("ok", "skipped")]
     for row in unused[:REASONS_SHOWN]:
         print(f"  {row.status:<10}{row.id}: {row.reason}")
+    if any(row.status == "short" and row.kind == "video" for row in unused):
+        print(f"  (--min-frames below {config.min_frames} or a smaller --stride keeps shorter videos)")
     if len(unused) > REASONS_SHOWN:
         print(f"  and {len(unused) - REASONS_SHOWN} more in {config.out / LEDGER}")
