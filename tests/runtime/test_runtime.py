@@ -6,13 +6,22 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from toto.runtime.device import autocast, pick_device, use_bf16
 from toto.runtime.errors import ConfigError, NonFiniteLossError, ShortMediaError, StoreError, TotoError
-from toto.runtime.files import folder_written_aside, read_json, sha256_of, write_json, written_aside
+from toto.runtime.files import (
+    folder_written_aside,
+    read_json,
+    remove_leftovers,
+    sha256_of,
+    write_json,
+    written_aside,
+)
 from toto.runtime.interrupt import stop_on_signal
 from toto.runtime.metrics import Metrics, read_metrics
 from toto.runtime.progress import Progress, duration
@@ -53,6 +62,17 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), folder_written_aside(tmp_path / "other") as aside:
         fail_after((aside / "a").write_text("x"))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in (f".a.npy.{dead.pid}.npy", f".b.json.{os.getpid()}.json", ".hidden", "c.npy"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / f".step-1.{dead.pid}").mkdir()
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f".b.json.{os.getpid()}.json", ".hidden", "c.npy"}
+    remove_leftovers(tmp_path / "nowhere")
 
 
 def test_streams_depend_on_their_names_alone():

@@ -17,6 +17,7 @@ from toto.media.decode import read_media
 from toto.media.ledger import LedgerRow, Status, count_by_status, summary
 from toto.media.transforms import square
 from toto.recipes import TOKENIZERS
+from toto.runtime.device import pick_device
 from toto.runtime.errors import ConfigError, MediaError, ShortMediaError
 from toto.runtime.files import write_json
 from toto.runtime.progress import Progress
@@ -51,7 +52,7 @@ class InspectOptions:
         size: the shortest side becomes this, then a square of it is cut out.
         stride: every stride-th frame of a video is looked at.
         out: write the figures to this JSON file.
-        device: where the tokenizer runs.
+        device: auto, cpu, cuda, ...
     """
 
     tokenizer: str = EMBEDDED
@@ -59,7 +60,7 @@ class InspectOptions:
     size: int = 128
     stride: int = 6
     out: Path | None = None
-    device: str = "cpu"
+    device: str = "auto"
 
 
 def run(words: list[str]) -> None:
@@ -79,7 +80,7 @@ def run(words: list[str]) -> None:
 
 def inspect(options: InspectOptions) -> dict[str, ReconstructionReport]:
     """Reports by source; what can't be read is printed with the reason and counted."""
-    tokenizer = load_tokenizer(options.tokenizer, device=options.device)
+    tokenizer = load_tokenizer(options.tokenizer, device=pick_device(options.device))
     tokenizer.grid(options.size, options.size)
     if options.data is None:
         parts = {"held-out scenes": sample.scenes("heldout"), "held-out photographs": sample.photographs("heldout")}

@@ -14,6 +14,8 @@ def demo() -> TrainConfig:
     """The model of `toto demo`: made to find copying, and then more than copying, in a few minutes on two cores.
 
     Command: toto demo --out runs/demo
+    Cost: about five minutes on two cores, 1.4 GB of memory, 4.1 M tokens.
+    Expected: 4.43 bits per token on later frames of held-out scenes (copying 5.22, unigram 11.84).
     """
     return TrainConfig(
         data=DataConfig(frames=16, short_steps=500, short_frames=2),
@@ -28,7 +30,7 @@ def demo() -> TrainConfig:
 
 
 def nano() -> TrainConfig:
-    """A first model on your own shards, on a laptop.
+    """A first model on your own shards, on a laptop; what it costs and reaches depends on them.
 
     Command: toto train nano --out runs/nano --data SHARDS --heldout OTHER_SHARDS
     """

@@ -28,8 +28,9 @@ from toto.media.catalog import Catalog, Item, find_duplicates, list_source
 from toto.media.decode import read_image, stream_video
 from toto.media.ledger import LedgerRow, Status, count_by_status
 from toto.media.transforms import apply_crop, crop_box, resize, shortest_side_to
+from toto.runtime.device import pick_device
 from toto.runtime.errors import ConfigError, InterruptedRunError, MediaError, ShortMediaError, TotoError
-from toto.runtime.files import read_json, write_json
+from toto.runtime.files import read_json, remove_leftovers, write_json
 from toto.runtime.interrupt import StopRequest, leave_with_parent, stop_on_signal
 from toto.runtime.progress import Progress
 from toto.runtime.provenance import as_plain, write_provenance
@@ -70,7 +71,7 @@ class TokenizeConfig:
             random crops that start at a random frame below the stride.
         seed: seed of the random views.
         workers: processes; 0 encodes in this one. None uses every core.
-        device: where the tokenizer runs.
+        device: where the tokenizer runs: auto, cpu, cuda, ...
     """
 
     source: Positional[Path]
@@ -82,7 +83,7 @@ class TokenizeConfig:
     views: int = 1
     seed: int = 0
     workers: int | None = None
-    device: str = "cpu"
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("size", 1), ("stride", 1), ("min_frames", 1), ("views", 1)):
@@ -119,12 +120,13 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
         ConfigError: nothing to read, or the folder holds another job.
         InterruptedRunError: a signal arrived; the same call continues.
     """
-    tokenizer = load_tokenizer(config.tokenizer, device=config.device)
+    tokenizer = load_tokenizer(config.tokenizer, device=pick_device(config.device))
     passport = tokenizer.at(config.size, config.size)
     catalog = list_source(config.source)
     duplicates = find_duplicates(catalog.items)
     shards = cut(catalog)
     if _plan(config, passport, catalog) == "finished":
+        _tidy(config.out)
         return TokenStore(config.out)
     parts = _finished_parts(config.out)
     pending = shards[len(parts) :]
@@ -195,7 +197,7 @@ def _start_worker(config: TokenizeConfig) -> None:
     global _worker
     leave_with_parent()
     torch.set_num_threads(1)
-    _worker = load_tokenizer(config.tokenizer, device=config.device), config
+    _worker = load_tokenizer(config.tokenizer, device=pick_device(config.device)), config
 
 
 def _work(item: Item) -> Encoded:
@@ -354,5 +356,11 @@ def _assemble(config: TokenizeConfig, passport: Passport, catalog: Catalog, part
         counts=counts,
         job=read_json(config.out / PLAN, what="tokenizing plan"),
     )
-    (config.out / PLAN).unlink()
-    shutil.rmtree(config.out / PARTS)
+    _tidy(config.out)
+
+
+def _tidy(out: Path) -> None:
+    """Drop what only an unfinished job needs, and what killed processes left."""
+    (out / PLAN).unlink(missing_ok=True)
+    shutil.rmtree(out / PARTS, ignore_errors=True)
+    remove_leftovers(out)

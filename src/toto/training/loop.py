@@ -18,7 +18,7 @@ from toto.model.transformer import Transformer
 from toto.model.weights import Card, load_card, load_model, newest_checkpoint
 from toto.runtime.device import autocast, pick_device
 from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
-from toto.runtime.files import read_json, sha256_of, write_json
+from toto.runtime.files import read_json, remove_leftovers, sha256_of, write_json
 from toto.runtime.interrupt import stop_on_signal
 from toto.runtime.metrics import Metrics
 from toto.runtime.progress import Progress, say
@@ -114,6 +114,7 @@ class _Run:
 def _prepare(config: TrainConfig, out: Path, resume: bool) -> _Run:
     """Open the data, make or restore model and optimizer, and open the metrics."""
     device = pick_device(config.device)
+    remove_leftovers(out / "checkpoints")
     newest = newest_checkpoint(out)
     if newest and not resume:
         raise ConfigError("already holds a run", where=out, fix="add --resume to continue it, or choose another --out")
