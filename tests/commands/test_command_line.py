@@ -120,7 +120,9 @@ def test_words_that_make_no_sense(capsys, tmp_path, shards):
     assert not (tmp_path / "x").exists()
 
 
-def test_paths_and_files_that_are_not_what_they_should_be(capsys, tmp_path, trained, tokenizer_folder, media_folder):
+def test_paths_and_files_that_are_not_what_they_should_be(
+    capsys, tmp_path, trained, shards, tokenizer_folder, media_folder
+):
     nowhere = tmp_path / "nowhere"
     assert "no such file or folder" in refused(capsys, "tokenize", nowhere, "--out", tmp_path / "x",
                                                "--tokenizer", tokenizer_folder)  # fmt: skip
@@ -136,6 +138,13 @@ def test_paths_and_files_that_are_not_what_they_should_be(capsys, tmp_path, trai
                                           "--tokenizer", nowhere)  # fmt: skip
     assert "can't use this device" in refused(capsys, *generate, trained, "--device", "abacus")
     assert not (tmp_path / "x").exists()
+    before = (trained / "made.json").read_text()
+    over = ["generate", "--checkpoint", trained, "--out", trained, "--frames", 1, "--tokenizer", tokenizer_folder]
+    assert "another kind of job" in refused(capsys, *over)
+    assert (trained / "made.json").read_text() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("keep")
+    assert "holds no run" in refused(capsys, "train", "nano", "--out", tmp_path / "mine", "--data", shards, *SMALL)
 
 
 def test_strangers_are_refused_by_name(capsys, tmp_path, trained, shards):
@@ -166,4 +175,4 @@ def test_the_module_runs_and_debug_shows_the_traceback(tmp_path):
 def test_the_record_of_a_run_says_what_made_it(trained):
     made = json.loads((trained / "made.json").read_text())
     assert made["config"]["steps"] == 6
-    assert {"command", "started", "versions", "machine", "config"} == set(made)
+    assert {"kind", "command", "started", "versions", "machine", "config"} == set(made)

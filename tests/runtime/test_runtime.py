@@ -144,3 +144,6 @@ def test_an_output_folder_says_what_made_it(tmp_path):
     made = json.loads((tmp_path / "made.json").read_text())
     assert made["config"] == {"path": str(tmp_path), "sizes": [1, 2]}
     assert {"toto", "python", "torch", "numpy", "av"} == set(made["versions"])
+    write_provenance(tmp_path, {"path": tmp_path})
+    with pytest.raises(ConfigError, match="another kind of job"):
+        write_provenance(tmp_path, Progress)

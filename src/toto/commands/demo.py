@@ -33,7 +33,7 @@ from toto.report.plots import bits_by_frame, loss_curve, probe_by_layer
 from toto.report.sheet import comparison_sheet, contact_sheet
 from toto.runtime.metrics import read_metrics
 from toto.runtime.progress import duration
-from toto.runtime.provenance import versions
+from toto.runtime.provenance import versions, write_provenance
 from toto.tokens.extract import TokenizeConfig, tokenize
 from toto.tokens.tokenizer import Tokenizer, load_tokenizer
 from toto.training.config import TrainConfig
@@ -68,6 +68,7 @@ def run(words: list[str]) -> None:
     """Parse, go the whole way, and say where the page is."""
     options = parse(Options, words, verb="demo")
     began = time.monotonic()
+    write_provenance(options.out, options)
     sources = tokenize_sample(options)
     config = demo_config(options, sources)
     last = pretrain(config, options.out / "model")

@@ -11,8 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from toto.runtime.files import write_json
+from toto.runtime.errors import ConfigError
+from toto.runtime.files import read_json, write_json
 from toto.runtime.version import __version__
+
+RECORD = "made.json"
+ANOTHER = "choose another --out"
 
 
 def versions() -> dict[str, str]:
@@ -27,10 +31,20 @@ def versions() -> dict[str, str]:
 
 
 def write_provenance(folder: Path, config: Any) -> None:
-    """Write `made.json` into an output folder; `config` is the resolved (dataclass) configuration."""
+    """Write `made.json` into an output folder; `config` is the resolved (dataclass) configuration.
+
+    Raises:
+        ConfigError: the folder holds the output of another kind of job.
+    """
+    kind = f"{type(config).__module__}.{type(config).__qualname__}"
+    if (folder / RECORD).exists():
+        before = read_json(folder / RECORD, what="record of what made this folder").get("kind")
+        if before != kind:
+            raise ConfigError(f"holds the output of another kind of job ({before})", where=folder, fix=ANOTHER)
     write_json(
-        folder / "made.json",
+        folder / RECORD,
         {
+            "kind": kind,
             "command": ["toto", *sys.argv[1:]],
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": versions(),

@@ -22,7 +22,7 @@ from toto.runtime.files import read_json, remove_leftovers, sha256_of, write_jso
 from toto.runtime.interrupt import stop_on_signal
 from toto.runtime.metrics import Metrics
 from toto.runtime.progress import Progress, say
-from toto.runtime.provenance import as_plain, write_provenance
+from toto.runtime.provenance import ANOTHER, RECORD, as_plain, write_provenance
 from toto.tokens.passport import Passport
 from toto.tokens.sequence import sequence_vocabulary
 from toto.tokens.shards import MANIFEST
@@ -136,6 +136,8 @@ def _prepare(config: TrainConfig, out: Path, resume: bool) -> _Run:
     else:
         if config.init is not None:
             start_from(config.init, model, mixture.passport)
+        if out.exists() and any(out.iterdir()) and not (out / RECORD).exists():
+            raise ConfigError("is not empty and holds no run", where=out, fix=ANOTHER)
         write_provenance(out, resolved)
     for source in mixture.sources:
         say(str(source))
@@ -223,7 +225,7 @@ def _data_hashes(mixture: Mixture) -> list[str]:
 
 def _require_same_run(config: TrainConfig, out: Path) -> None:
     """Refuse to continue with options that would make it another run."""
-    before = read_json(out / "made.json", what="record of the run")["config"]
+    before = read_json(out / RECORD, what="record of the run")["config"]
     now = as_plain(config)
     different = _differences(_comparable(before), _comparable(now))
     if different:
