@@ -71,7 +71,7 @@ def run(words: list[str]) -> None:
     write_provenance(options.out, options)
     sources = tokenize_sample(options)
     config = demo_config(options, sources)
-    last = pretrain(config, options.out / "model")
+    last = train(config, options.out / "model", evaluate=heldout_evaluation(config), resume=True)
     found = bits(last, train=sources["train"][:1], heldout=sources["heldout"])
     print_bits(found)
     found.save(options.out / "bits.json")
@@ -118,14 +118,6 @@ def demo_config(options: Options, sources: dict[str, tuple[SourceConfig, ...]]) 
     data = replace(config.data, sources=sources["train"], heldout=sources["heldout"])
     steps = config.steps if options.steps is None else options.steps
     return replace(config, data=data, steps=steps)
-
-
-def pretrain(config: TrainConfig, out: Path) -> Path:
-    """Train, or go on training; returns the last checkpoint."""
-    evaluate = heldout_evaluation(
-        config.data.heldout, frames=config.data.frames, most=config.eval_sequences, precision=config.precision
-    )
-    return train(config, out, evaluate=evaluate, resume=True)
 
 
 def probe_procedural(checkpoint: Path, tokenizer: Tokenizer, options: Options, label: ProceduralLabel) -> Result:

@@ -14,11 +14,11 @@ from toto.commands.parsing import parse, take_word
 from toto.media import sample
 from toto.media.catalog import list_source
 from toto.media.decode import read_media
-from toto.media.ledger import LedgerRow, Status, count_by_status, summary
+from toto.media.ledger import LedgerRow, count_by_status, summary
 from toto.media.transforms import square
 from toto.recipes import TOKENIZERS
 from toto.runtime.device import pick_device
-from toto.runtime.errors import ConfigError, MediaError, ShortMediaError
+from toto.runtime.errors import ConfigError, MediaError
 from toto.runtime.files import write_json
 from toto.runtime.progress import Progress
 from toto.runtime.provenance import as_plain
@@ -72,15 +72,15 @@ def run(words: list[str]) -> None:
         train_tokenizer(TOKENIZERS[name](), out=options.out, resume=options.resume, device=options.device)
         return
     asked = parse(InspectOptions, rest, verb="tokenizer inspect")
-    reports = inspect(asked)
-    print_reports(reports, load_tokenizer(asked.tokenizer).vocab_size)
+    tokenizer = load_tokenizer(asked.tokenizer, device=pick_device(asked.device))
+    reports = inspect(tokenizer, asked)
+    print_reports(reports, tokenizer.vocab_size)
     if asked.out:
         write_json(asked.out, as_plain(reports))
 
 
-def inspect(options: InspectOptions) -> dict[str, ReconstructionReport]:
+def inspect(tokenizer: Tokenizer, options: InspectOptions) -> dict[str, ReconstructionReport]:
     """Reports by source; what can't be read is printed with the reason and counted."""
-    tokenizer = load_tokenizer(options.tokenizer, device=pick_device(options.device))
     tokenizer.grid(options.size, options.size)
     if options.data is None:
         parts = {"held-out scenes": sample.scenes("heldout"), "held-out photographs": sample.photographs("heldout")}
@@ -100,8 +100,7 @@ def _report(name: str, tokenizer: Tokenizer, paths: list[Path], options: Inspect
                     rows.append(LedgerRow(id=str(path), kind="", status="ok", frames=len(clip)))
                     yield square(clip.frames, options.size)
                 except MediaError as error:
-                    status: Status = "short" if isinstance(error, ShortMediaError) else "corrupt"
-                    rows.append(LedgerRow(id=str(path), kind="", status=status, reason=error.what))
+                    rows.append(LedgerRow(id=str(path), kind="", status=error.status, reason=error.what))
                 progress.advance()
 
     try:

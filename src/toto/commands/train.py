@@ -59,11 +59,7 @@ def run(words: list[str]) -> None:
         heldout=tuple(parse_source(text) for text in options.heldout),
     )
     config = dataclasses.replace(recipe, data=data)
-    evaluate = None
-    if data.heldout:
-        evaluate = heldout_evaluation(
-            data.heldout, frames=data.frames, most=config.eval_sequences, precision=config.precision
-        )
+    evaluate = heldout_evaluation(config) if data.heldout else None
     last = train(config, options.out, evaluate=evaluate, resume=options.resume)
     final = {name: value for row in read_metrics(options.out)[-2:] for name, value in row.items()}
     print(f"{last}: " + ", ".join(f"{name} {value:.4g}" for name, value in final.items()))

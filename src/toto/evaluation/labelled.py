@@ -14,10 +14,10 @@ from toto.evaluation.probe import Features
 from toto.media.catalog import Item, list_source
 from toto.media.clip import Clip
 from toto.media.decode import read_clip, read_image
-from toto.media.ledger import LedgerRow, Status
+from toto.media.ledger import LedgerRow
 from toto.media.procedural import BARS, MOTIONS, make_clip
 from toto.media.transforms import square
-from toto.runtime.errors import ConfigError, MediaError, ShortMediaError
+from toto.runtime.errors import ConfigError, MediaError
 from toto.runtime.progress import Progress
 from toto.runtime.seed import stream
 from toto.tokens.sequence import Modality
@@ -159,8 +159,8 @@ def extract(backbone: Backbone, clips: LabelledClips, *, batch: int) -> Extracte
                 waiting.append(square(clips.read(number).frames, backbone.frame_size))
                 labels.append(label)
             except MediaError as error:
-                status: Status = "short" if isinstance(error, ShortMediaError) else "corrupt"
-                failed.append(LedgerRow(id=clips.ids[number], kind=clips.modality, status=status, reason=error.what))
+                row = LedgerRow(id=clips.ids[number], kind=clips.modality, status=error.status, reason=error.what)
+                failed.append(row)
             if len(waiting) == batch:
                 flush()
             progress.advance()

@@ -22,6 +22,7 @@ from toto.model.transformer import Transformer
 from toto.runtime.device import Precision, autocast
 from toto.runtime.errors import ConfigError
 from toto.tokens.shards import TokenStore
+from toto.training.config import TrainConfig
 from toto.training.mixture import Source, SourceConfig, Window, sequences_of
 from toto.training.objective import token_losses
 
@@ -135,11 +136,10 @@ def spread_windows(config: SourceConfig, *, frames: int, most: int) -> list[Wind
     return [source.in_order(place * count // min(most, count)) for place in range(min(most, count))]
 
 
-def heldout_evaluation(
-    sources: tuple[SourceConfig, ...], *, frames: int, most: int, precision: Precision
-) -> Callable[[Transformer], dict[str, float]]:
-    """A callable for the training loop: mean held-out bits per visual token, by modality."""
-    groups = list(_by_modality(sources, frames=frames, most=most))
+def heldout_evaluation(config: TrainConfig) -> Callable[[Transformer], dict[str, float]]:
+    """A callable for the training loop: mean bits per visual token on the run's held-out data, by modality."""
+    data, precision = config.data, config.precision
+    groups = list(_by_modality(data.heldout, frames=data.frames, most=config.eval_sequences))
 
     def evaluate(model: Transformer) -> dict[str, float]:
         found = {}

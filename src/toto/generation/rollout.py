@@ -13,7 +13,7 @@ from toto.generation.sampler import SamplerConfig, sample
 from toto.model.cache import Cache
 from toto.model.transformer import Transformer
 from toto.runtime.errors import ConfigError
-from toto.tokens.sequence import CODE_OFFSET, pack_prompt
+from toto.tokens.sequence import CODE_OFFSET, pack_prompt, sequence_length
 
 
 @torch.inference_mode()
@@ -54,7 +54,7 @@ def continue_codes(
                 visible[:, -(context_frames // 2) :] if context_frames > 1 else visible[:, :0],
                 None,
             )
-        room = context_frames * rows * cols + 1
+        room = sequence_length(context_frames, rows, cols) - 1
         frame, cache = _draw_frame(model, visible, cache, room, use_cache, sampler, generator)
         visible = torch.cat([visible, frame], dim=1)
         codes = torch.cat([codes, frame], dim=1)

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool
 from torch import Tensor
 
 from toto.media.clip import Clip
@@ -95,12 +95,6 @@ def make_clip(seed: int, number: int, *, frames: int = 16, size: int = 64) -> Pr
     return ProceduralClip(
         clip=clip, label=label, bar=bar_kind, mask=whole_mask & ~torch.from_numpy(bar), whole_mask=whole_mask
     )
-
-
-def picture_batch(seed: int, numbers: range, *, frames: int, size: int) -> tuple[UInt8[Tensor, "B T H W 3"], list[int]]:
-    """Clips of the corpus stacked, with their labels."""
-    made = [make_clip(seed, number, frames=frames, size=size) for number in numbers]
-    return torch.stack([each.clip.frames for each in made]), [each.label for each in made]
 
 
 def _texture(rng: np.random.Generator, size: int, *, smoothness: int) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 
 class TotoError(Exception):
@@ -42,13 +42,13 @@ class ConfigError(TotoError):
 class MediaError(TotoError):
     """A media file that can't be used; `status` is the word its ledger row gets."""
 
-    status = "corrupt"
+    status: Literal["corrupt", "short"] = "corrupt"
 
 
 class ShortMediaError(MediaError):
     """A media file that is readable but holds too few frames or pixels."""
 
-    status = "short"
+    status: Literal["corrupt", "short"] = "short"
 
 
 class PassportError(TotoError):

@@ -162,8 +162,7 @@ def encode_item(item: Item, tokenizer: Tokenizer, config: TokenizeConfig) -> Enc
     try:
         views = tuple(_encode_view(item, number, tokenizer, config) for number in range(config.views))
     except MediaError as error:
-        status: Status = "short" if isinstance(error, ShortMediaError) else "corrupt"
-        return Encoded(item=item, status=status, reason=error.what)
+        return Encoded(item=item, status=error.status, reason=error.what)
     return Encoded(item=item, views=views)
 
 

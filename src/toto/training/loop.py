@@ -24,7 +24,7 @@ from toto.runtime.metrics import Metrics
 from toto.runtime.progress import Progress, say
 from toto.runtime.provenance import ANOTHER, RECORD, as_plain, write_provenance
 from toto.tokens.passport import Passport
-from toto.tokens.sequence import sequence_vocabulary
+from toto.tokens.sequence import sequence_length, sequence_vocabulary
 from toto.tokens.shards import MANIFEST
 from toto.training.checkpoint import restore_checkpoint, save_checkpoint
 from toto.training.config import TrainConfig
@@ -95,7 +95,7 @@ class _Run:
     def tokens_in_step(self) -> int:
         """Predicted tokens in a step."""
         rows, cols = self.mixture.grid
-        return self.config.batch * (self.mixture.frames * rows * cols + 1)
+        return self.config.batch * (sequence_length(self.mixture.frames, rows, cols) - 1)
 
     def save(self) -> Path:
         """Save a checkpoint of the finished steps."""
