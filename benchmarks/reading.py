@@ -28,7 +28,7 @@ def make_store(folder: Path) -> Path:
     ]
     write_ledger(folder, [])
     passport = Passport(
-        kind="dvae", weights_sha256="0" * 64, preprocessing="", vocab_size=8192, frame_size=(128, 128), grid=GRID
+        kind="vqvae", weights_sha256="0" * 64, preprocessing="", vocab_size=8192, frame_size=(128, 128), grid=GRID
     )
     finish_store(folder, passport=passport, stride=4, shards=[shard], items=items, counts={}, job={})
     return folder

@@ -18,9 +18,9 @@ from torch import Tensor
 from toto.media import sample
 from toto.media.decode import read_media
 from toto.media.transforms import square
-from toto.tokens.dvae import DVAETokenizer
 from toto.tokens.quality import psnr, reconstruction_report
 from toto.tokens.tokenizer import Tokenizer, load_tokenizer
+from toto.tokens.vqvae import VQVAETokenizer
 
 SCENE_STRIDE = 6
 AVIF_CONTAINER = 280  # bytes of an AVIF file that are not its picture
@@ -129,7 +129,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = load_tokenizer()
-    assert isinstance(tokenizer, DVAETokenizer)
+    assert isinstance(tokenizer, VQVAETokenizer)
     print(f"{tokenizer.parameters:,} numbers, {torch.get_num_threads()} threads")
     for size in (128, 64):
         measure(tokenizer, size)

@@ -13,9 +13,9 @@ from PIL import Image
 from toto.media.encode import write_video
 from toto.media.ledger import LedgerRow
 from toto.media.procedural import make_clip
-from toto.tokens.dvae import DVAE, DVAEConfig, DVAETokenizer, StackConfig
 from toto.tokens.passport import Passport
 from toto.tokens.shards import StoredItem, finish_store, write_ledger, write_shard
+from toto.tokens.vqvae import VQVAE, StackConfig, VQVAEConfig, VQVAETokenizer
 
 
 def pytest_collection_modifyitems(items):
@@ -34,14 +34,14 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> DVAETokenizer:
-    """A random dVAE of 64 codes whose codes vary with the picture."""
+def tokenizer() -> VQVAETokenizer:
+    """A random VQ-VAE of 64 codes whose codes vary with the picture."""
     stack = StackConfig(widths=(8, 8), hidden=(8, 8), blocks=(1, 1))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = DVAE(DVAEConfig(vocab_size=64, code_width=8, encoder=stack, decoder=stack))
+        model = VQVAE(VQVAEConfig(vocab_size=64, code_width=8, encoder=stack, decoder=stack))
         model.codebook.copy_(torch.nn.functional.normalize(torch.randn(64, 8), dim=-1))
-    return DVAETokenizer.from_model(model, trained={})
+    return VQVAETokenizer.from_model(model, trained={})
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +79,7 @@ def media_folder(tmp_path_factory) -> Path:
 
 
 PASSPORT = Passport(
-    kind="dvae", weights_sha256="a" * 64, preprocessing="none", vocab_size=32, frame_size=(24, 24), grid=(3, 3)
+    kind="vqvae", weights_sha256="a" * 64, preprocessing="none", vocab_size=32, frame_size=(24, 24), grid=(3, 3)
 )
 
 

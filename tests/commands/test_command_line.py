@@ -151,7 +151,7 @@ def test_strangers_are_refused_by_name(capsys, tmp_path, trained, shards):
     other = make_store(tmp_path / "s", videos=(9,), passport=Passport(**{**vars(PASSPORT), "kind": "vqgan"}))
     line = refused(capsys, "evaluate", "bits", "--checkpoint", trained, "--train", shards, "--heldout", other)
     assert "kind vqgan" in line
-    assert "kind dvae" in line
+    assert "kind vqvae" in line
     generate = ["generate", "--checkpoint", trained, "--out", tmp_path / "x"]
     assert "weights_sha256" in refused(capsys, *generate, "--tokenizer", "embedded")
 

@@ -18,7 +18,7 @@ from toto.tokens.shards import TokenStore
 from toto.tokens.tokenizer import load_tokenizer
 
 PASSPORT = Passport(
-    kind="dvae", weights_sha256="a" * 64, preprocessing="p", vocab_size=64, frame_size=(32, 32), grid=(4, 4)
+    kind="vqvae", weights_sha256="a" * 64, preprocessing="p", vocab_size=64, frame_size=(32, 32), grid=(4, 4)
 )
 
 

@@ -1,4 +1,4 @@
-"""Training of the small dVAE: resumes exactly, stops well, and says what is wrong."""
+"""Training of the small VQ-VAE: resumes exactly, stops well, and says what is wrong."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from toto.recipes import tokenizer as recipes
 from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
 from toto.runtime.metrics import read_metrics
 from toto.runtime.seed import stream
-from toto.tokens.dvae import DVAE, DVAEConfig, StackConfig
 from toto.tokens.tokenizer import embedded_folder, load_tokenizer
+from toto.tokens.vqvae import VQVAE, StackConfig, VQVAEConfig
 from toto.training import tokenizer as training
 from toto.training.codebook import Codebook, CodebookConfig
 from toto.training.tokenizer import TokenizerTrainConfig, learning_rate, train_tokenizer
@@ -45,7 +45,7 @@ def config(pictures: Path) -> TokenizerTrainConfig:
     return dataclasses.replace(
         recipes.embedded(),
         name="tiny",
-        model=DVAEConfig(vocab_size=32, code_width=4, encoder=tiny, decoder=tiny),
+        model=VQVAEConfig(vocab_size=32, code_width=4, encoder=tiny, decoder=tiny),
         codebook=dataclasses.replace(recipes.embedded().codebook, begin_step=2),
         crops=dataclasses.replace(recipes.embedded().crops, size=16),
         cooldown_crops=dataclasses.replace(recipes.embedded().cooldown_crops, size=16),
@@ -161,7 +161,7 @@ def test_colours_are_left_alone_where_they_should() -> None:
 
 def test_codes_follow_their_vectors_and_dead_ones_move() -> None:
     tiny = StackConfig(widths=(4, 4), hidden=(4, 4), blocks=(1, 1))
-    model = DVAE(DVAEConfig(vocab_size=4, code_width=2, encoder=tiny, decoder=tiny))
+    model = VQVAE(VQVAEConfig(vocab_size=4, code_width=2, encoder=tiny, decoder=tiny))
     book = Codebook(
         model, CodebookConfig(begin_step=1, decay=0.5, commitment=1.0, cooldown_commitment=1.0, dead_below=0.2)
     )
@@ -177,7 +177,7 @@ def test_codes_follow_their_vectors_and_dead_ones_move() -> None:
 
 def test_gradients_pass_straight_through() -> None:
     tiny = StackConfig(widths=(4, 4), hidden=(4, 4), blocks=(1, 1))
-    model = DVAE(DVAEConfig(vocab_size=4, code_width=2, encoder=tiny, decoder=tiny))
+    model = VQVAE(VQVAEConfig(vocab_size=4, code_width=2, encoder=tiny, decoder=tiny))
     model.codebook.copy_(torch.eye(2).repeat(2, 1))
     book = Codebook(
         model, CodebookConfig(begin_step=1, decay=0.5, commitment=0.0, cooldown_commitment=0.0, dead_below=0.2)
@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config: TokenizerTrainConfig, t
 
 
 def test_collapse_is_announced(config: TokenizerTrainConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    few = DVAEConfig(vocab_size=8, code_width=4, encoder=config.model.encoder, decoder=config.model.decoder)
+    few = VQVAEConfig(vocab_size=8, code_width=4, encoder=config.model.encoder, decoder=config.model.decoder)
     train_tokenizer(
         dataclasses.replace(config, model=few, collapse_below=1.1), out=tmp_path, resume=False, device="cpu"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toto.tokens.dvae import DVAEConfig, StackConfig
+from toto.tokens.vqvae import StackConfig, VQVAEConfig
 from toto.training.codebook import CodebookConfig
 from toto.training.tokenizer import TokenizerTrainConfig
 from toto.training.tokenizer_data import CropConfig, Source
@@ -18,7 +18,7 @@ def embedded() -> TokenizerTrainConfig:
     """
     return TokenizerTrainConfig(
         name="embedded",
-        model=DVAEConfig(
+        model=VQVAEConfig(
             vocab_size=4096,
             code_width=12,
             encoder=StackConfig(widths=(96, 192), hidden=(96, 192), blocks=(2, 2)),

@@ -19,7 +19,7 @@ class Passport:
     """The identity of a tokenizer, and of the frames it was applied to.
 
     Attributes:
-        kind: the tokenizer's family ("dvae").
+        kind: the tokenizer's family ("vqvae").
         weights_sha256: SHA-256 of the weight file.
         preprocessing: how a decoded frame became the tokenizer's input, in words that change when the pixels would.
         vocab_size: how many different codes there are.

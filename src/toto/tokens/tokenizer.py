@@ -24,7 +24,7 @@ from toto.tokens.passport import Passport
 CONFIG_FILE = "tokenizer.json"
 WEIGHTS_FILE = "model.safetensors"
 EMBEDDED = "embedded"
-KINDS = {"dvae": "toto.tokens.dvae:DVAETokenizer"}
+KINDS = {"vqvae": "toto.tokens.vqvae:VQVAETokenizer"}
 
 
 class Tokenizer(abc.ABC):

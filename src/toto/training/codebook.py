@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from toto.runtime.errors import ConfigError
-from toto.tokens.dvae import DVAE
+from toto.tokens.vqvae import VQVAE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class CodebookConfig:
 
 @final
 class Codebook:
-    """The learning side of `DVAE.codebook`.
+    """The learning side of `VQVAE.codebook`.
 
     Attributes:
         vectors: `[V, D]`, the model's codebook itself.
@@ -50,7 +50,7 @@ class Codebook:
         total: `[V, D]`, decayed sum of these vectors.
     """
 
-    def __init__(self, model: DVAE, config: CodebookConfig):
+    def __init__(self, model: VQVAE, config: CodebookConfig):
         if config.begin_step < 1:
             raise ConfigError(
                 "the codes need vectors to be placed on", where="codebook.begin_step", fix="use 1 or more"

@@ -1,4 +1,4 @@
-"""Training of the small dVAE: one function that builds, restores, steps, looks, saves.
+"""Training of the small VQ-VAE: one function that builds, restores, steps, looks, saves.
 
 A run is defined by its number of steps, its seed and its configuration. What is drawn at a step depends on the seed
 and the step alone, and the whole state is saved, so a run that was stopped goes on as if nothing had happened.
@@ -30,8 +30,8 @@ from toto.runtime.metrics import Metrics
 from toto.runtime.progress import Progress, duration, say
 from toto.runtime.provenance import as_plain, write_provenance
 from toto.runtime.seed import integer, stream
-from toto.tokens.dvae import DVAE, DVAEConfig, DVAETokenizer
 from toto.tokens.quality import ReconstructionReport
+from toto.tokens.vqvae import VQVAE, VQVAEConfig, VQVAETokenizer
 from toto.training.codebook import Codebook, CodebookConfig
 from toto.training.tokenizer_data import CropConfig, Crops, Source, load_squares
 from toto.training.tokenizer_heldout import evaluate, flat, rounded, warn_of_collapse
@@ -73,7 +73,7 @@ class TokenizerTrainConfig:
     """
 
     name: str
-    model: DVAEConfig
+    model: VQVAEConfig
     codebook: CodebookConfig
     crops: CropConfig
     cooldown_crops: CropConfig
@@ -99,7 +99,7 @@ class TokenizerTrainConfig:
     collapse_below: float
 
 
-def train_tokenizer(config: TokenizerTrainConfig, *, out: Path, resume: bool, device: str = "auto") -> DVAETokenizer:
+def train_tokenizer(config: TokenizerTrainConfig, *, out: Path, resume: bool, device: str = "auto") -> VQVAETokenizer:
     """Train a tokenizer into a folder; returns what was written there.
 
     The folder gets `tokenizer.json` and `model.safetensors` when the run is finished, and on the way `made.json`,
@@ -220,9 +220,9 @@ class Run:
         self.config, self.device, self.step = config, device, 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(integer(config.seed, "weights"))
-            self.model = DVAE(config.model)
+            self.model = VQVAE(config.model)
         self.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = DVAE(config.model).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = VQVAE(config.model).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average.load_state_dict(self.model.state_dict())
         self.average.requires_grad_(False)
         self.codebook = Codebook(self.model, config.codebook)
@@ -283,9 +283,9 @@ class Run:
             gradients=torch.autograd.grad(loss, self.parameters),
         )
 
-    def tokenizer(self, trained: Mapping[str, Any] | None = None) -> DVAETokenizer:
+    def tokenizer(self, trained: Mapping[str, Any] | None = None) -> VQVAETokenizer:
         """The averaged weights as a tokenizer, rounded as they will be stored."""
-        return DVAETokenizer.from_model(self.average, trained=trained or {}, device=self.device)
+        return VQVAETokenizer.from_model(self.average, trained=trained or {}, device=self.device)
 
     def save(self, path: Path) -> None:
         """Write the whole state into one file."""

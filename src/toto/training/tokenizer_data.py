@@ -18,7 +18,7 @@ from toto.media.catalog import list_source
 from toto.media.decode import read_media
 from toto.media.transforms import apply_crop, crop_box, resize, square
 from toto.runtime.seed import stream
-from toto.tokens.dvae import to_pixels
+from toto.tokens.vqvae import to_pixels
 
 SAMPLE = "sample:"
 

@@ -1,4 +1,4 @@
-"""The small dVAE: a convolutional autoencoder whose narrow waist is one of `vocab_size` unit vectors a cell.
+"""The small VQ-VAE: a convolutional autoencoder whose narrow waist is one of `vocab_size` unit vectors a cell.
 
 The paper's family (DALL-E's dVAE) at laptop size: f8, so 128 px become 16 x 16 codes and 64 px 8 x 8. Nearly all
 work happens at 1/4 and 1/8 of the frame's sides:
@@ -33,7 +33,7 @@ from toto.tokens.grid import describe
 from toto.tokens.passport import Passport
 from toto.tokens.tokenizer import CONFIG_FILE, WEIGHTS_FILE, Tokenizer
 
-KIND: Final = "dvae"
+KIND: Final = "vqvae"
 PREPROCESSING: Final = "RGB uint8 / 127.5 - 1, not resized, every frame by itself"
 STEM: Final = 4  # sides of the pixel squares that become channels at either end
 DOWNSAMPLING: Final = 2 * STEM
@@ -56,8 +56,8 @@ class StackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DVAEConfig:
-    """Architecture of a small dVAE.
+class VQVAEConfig:
+    """Architecture of a small VQ-VAE.
 
     Attributes:
         vocab_size: how many codes there are.
@@ -76,7 +76,7 @@ class DVAEConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, plain: Any, *, where: Path) -> DVAEConfig:
+    def from_dict(cls, plain: Any, *, where: Path) -> VQVAEConfig:
         """Read an architecture back; unknown or missing fields are refused."""
         try:
             values = dict(plain)
@@ -107,7 +107,7 @@ class ResidualBlock(nn.Module):
 
 
 @final
-class DVAE(nn.Module):
+class VQVAE(nn.Module):
     """Pixels in [-1, 1] to unit vectors, vectors to the nearest codes, and codes back to pixels.
 
     `codebook` (`[V, code_width]`, unit vectors) is a buffer: it follows the encoder by moving averages, not gradients.
@@ -115,7 +115,7 @@ class DVAE(nn.Module):
 
     codebook: Tensor
 
-    def __init__(self, config: DVAEConfig):
+    def __init__(self, config: VQVAEConfig):
         super().__init__()
         self.config = config
         self.encoder = encoder(config.encoder, config.code_width)
@@ -193,8 +193,8 @@ def to_frames(pixels: Float[Tensor, "T 3 H W"]) -> UInt8[Tensor, "T H W 3"]:
 
 
 @final
-class DVAETokenizer(Tokenizer):
-    """A small dVAE that is ready to use.
+class VQVAETokenizer(Tokenizer):
+    """A small VQ-VAE that is ready to use.
 
     Frames are computed in chunks of one fixed size, the last one filled up: memory stays flat, and a frame's codes
     are the same whether it comes alone or with others. Weights are computed in float32, also under autocast.
@@ -202,7 +202,7 @@ class DVAETokenizer(Tokenizer):
 
     downsampling = DOWNSAMPLING
 
-    def __init__(self, model: DVAE, passport: Passport, trained: Mapping[str, Any], device: torch.device):
+    def __init__(self, model: VQVAE, passport: Passport, trained: Mapping[str, Any], device: torch.device):
         self.device = device
         self.trained = dict(trained)
         self._passport = passport
@@ -216,9 +216,9 @@ class DVAETokenizer(Tokenizer):
         return self._passport
 
     @property
-    def config(self) -> DVAEConfig:
+    def config(self) -> VQVAEConfig:
         """The architecture."""
-        config: DVAEConfig = self._model.config
+        config: VQVAEConfig = self._model.config
         return config
 
     @property
@@ -269,8 +269,8 @@ class DVAETokenizer(Tokenizer):
 
     @classmethod
     def from_model(
-        cls, model: DVAE, *, trained: Mapping[str, Any], device: torch.device | None = None
-    ) -> DVAETokenizer:
+        cls, model: VQVAE, *, trained: Mapping[str, Any], device: torch.device | None = None
+    ) -> VQVAETokenizer:
         """A tokenizer of this model as it will be stored: its weights are rounded to float16.
 
         Args:
@@ -285,7 +285,7 @@ class DVAETokenizer(Tokenizer):
             preprocessing=PREPROCESSING,
             vocab_size=model.config.vocab_size,
         )
-        copy = DVAE(model.config)
+        copy = VQVAE(model.config)
         copy.load_state_dict(safetensors.torch.load(content))
         return cls(copy, passport, trained, device or torch.device("cpu"))
 
@@ -302,7 +302,7 @@ class DVAETokenizer(Tokenizer):
         write_json(folder / CONFIG_FILE, plain)
 
     @classmethod
-    def from_folder(cls, folder: Path, config: dict[str, Any], device: torch.device) -> DVAETokenizer:
+    def from_folder(cls, folder: Path, config: dict[str, Any], device: torch.device) -> VQVAETokenizer:
         """Load from a tokenizer folder whose `tokenizer.json` has been read.
 
         Raises:
@@ -313,24 +313,24 @@ class DVAETokenizer(Tokenizer):
         if missing := {"architecture", "passport", "trained"} - set(config):
             raise CheckpointError(f"lacks {', '.join(sorted(missing))}", where=place, fix="make the tokenizer again")
         passport = Passport.from_dict(config["passport"], where=str(place))
-        architecture = DVAEConfig.from_dict(config["architecture"], where=place)
+        architecture = VQVAEConfig.from_dict(config["architecture"], where=place)
         told = (passport.kind, passport.preprocessing, passport.vocab_size)
         if told != (KIND, PREPROCESSING, architecture.vocab_size):
             wanted = (KIND, PREPROCESSING, architecture.vocab_size)
             raise CheckpointError(f"the passport says {told}, but this is {wanted}", where=place, fix="make it again")
-        model = DVAE(architecture)
+        model = VQVAE(architecture)
         model.load_state_dict(read_weights(folder / WEIGHTS_FILE, passport.weights_sha256, model))
         return cls(model, passport, config["trained"], device)
 
 
-def stored(model: DVAE) -> bytes:
+def stored(model: VQVAE) -> bytes:
     """The weight file: every number as float16, safetensors."""
     return safetensors.torch.save(
         {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in model.state_dict().items()}
     )
 
 
-def read_weights(path: Path, sha256: str, model: DVAE) -> dict[str, Tensor]:
+def read_weights(path: Path, sha256: str, model: VQVAE) -> dict[str, Tensor]:
     """Read a weight file, held against its hash and against the names and shapes the model has."""
     if not path.is_file():
         raise CheckpointError("no weights here", where=path, fix="restore the tokenizer folder")
@@ -348,7 +348,7 @@ def read_weights(path: Path, sha256: str, model: DVAE) -> dict[str, Tensor]:
     return weights
 
 
-def require_weights(weights: Mapping[str, Tensor], model: DVAE, *, where: Path) -> None:
+def require_weights(weights: Mapping[str, Tensor], model: VQVAE, *, where: Path) -> None:
     """Refuse weights with other names or shapes than the model's, naming all of them, or with numbers not finite."""
     wanted = {name: list(value.shape) for name, value in model.state_dict().items()}
     found = {name: list(value.shape) for name, value in weights.items()}

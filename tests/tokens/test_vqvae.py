@@ -1,4 +1,4 @@
-"""The small dVAE: its codes belong to single frames, its folder is held against its passport."""
+"""The small VQ-VAE: its codes belong to single frames, its folder is held against its passport."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from toto.media.decode import read_media
 from toto.media.transforms import square
 from toto.runtime.errors import CheckpointError, MediaError, PassportError, TotoError
 from toto.runtime.files import sha256_of
-from toto.tokens.dvae import DVAE, DVAEConfig, DVAETokenizer, StackConfig, to_frames, to_pixels
 from toto.tokens.quality import code_use, psnr, reconstruction_report
 from toto.tokens.tokenizer import load_tokenizer
+from toto.tokens.vqvae import VQVAE, StackConfig, VQVAEConfig, VQVAETokenizer, to_frames, to_pixels
 
-TINY = DVAEConfig(
+TINY = VQVAEConfig(
     vocab_size=40,
     code_width=4,
     encoder=StackConfig(widths=(8, 16), hidden=(8, 8), blocks=(1, 1)),
@@ -31,19 +31,19 @@ TINY = DVAEConfig(
 
 
 @pytest.fixture
-def tiny() -> DVAETokenizer:
+def tiny() -> VQVAETokenizer:
     """A random dVAE with a random codebook."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = DVAE(TINY)
+        model = VQVAE(TINY)
         model.codebook.copy_(torch.nn.functional.normalize(torch.randn(40, 4), dim=-1))
-    return DVAETokenizer.from_model(model, trained={"recipe": "none"})
+    return VQVAETokenizer.from_model(model, trained={"recipe": "none"})
 
 
 @pytest.fixture(scope="module")
-def embedded() -> DVAETokenizer:
+def embedded() -> VQVAETokenizer:
     found = load_tokenizer()
-    assert isinstance(found, DVAETokenizer)
+    assert isinstance(found, VQVAETokenizer)
     return found
 
 
@@ -51,7 +51,7 @@ def noise(count: int, height: int = 32, width: int = 48) -> Tensor:
     return torch.from_numpy(np.random.default_rng(count).integers(0, 256, (count, height, width, 3), dtype=np.uint8))
 
 
-def test_shapes_and_range(tiny: DVAETokenizer) -> None:
+def test_shapes_and_range(tiny: VQVAETokenizer) -> None:
     frames = noise(3)
     codes = tiny.encode(frames)
     assert (codes.dtype, tuple(codes.shape)) == (torch.int64, (3, 4, 6))
@@ -63,7 +63,7 @@ def test_shapes_and_range(tiny: DVAETokenizer) -> None:
 
 
 @pytest.mark.parametrize("size", [64, 128])
-def test_codes_are_the_same_alone_and_in_a_batch(embedded: DVAETokenizer, size: int) -> None:
+def test_codes_are_the_same_alone_and_in_a_batch(embedded: VQVAETokenizer, size: int) -> None:
     path = sample.scenes("heldout")[0]
     frames = square(read_media(path, stride=9, limit=7).frames, size)  # 7: the last chunk is filled up
     together = embedded.encode(frames)
@@ -72,7 +72,7 @@ def test_codes_are_the_same_alone_and_in_a_batch(embedded: DVAETokenizer, size: 
     assert torch.equal(embedded.decode(together)[5:6], embedded.decode(together[5:6]))
 
 
-def test_autocast_around_it_changes_nothing(tiny: DVAETokenizer) -> None:
+def test_autocast_around_it_changes_nothing(tiny: VQVAETokenizer) -> None:
     frames = noise(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         codes = tiny.encode(frames)
@@ -81,7 +81,7 @@ def test_autocast_around_it_changes_nothing(tiny: DVAETokenizer) -> None:
     assert torch.equal(rebuilt, tiny.decode(codes))
 
 
-def test_the_nearest_code_is_chosen(tiny: DVAETokenizer) -> None:
+def test_the_nearest_code_is_chosen(tiny: VQVAETokenizer) -> None:
     latents = tiny._model.latents(to_pixels(noise(2)))
     distances = torch.cdist(latents.flatten(0, 2), tiny._model.codebook)
     assert torch.equal(tiny._model.nearest(latents).flatten(), distances.argmin(1))
@@ -94,10 +94,10 @@ def test_pixels_and_back() -> None:
     assert to_frames(torch.full((1, 3, 8, 8), 1.7)).unique().tolist() == [255]
 
 
-def test_saved_and_loaded(tiny: DVAETokenizer, tmp_path: Path) -> None:
+def test_saved_and_loaded(tiny: VQVAETokenizer, tmp_path: Path) -> None:
     tiny.save(tmp_path / "it")
     loaded = load_tokenizer(tmp_path / "it")
-    assert isinstance(loaded, DVAETokenizer)
+    assert isinstance(loaded, VQVAETokenizer)
     assert (loaded.passport, loaded.config, loaded.trained) == (tiny.passport, TINY, {"recipe": "none"})
     assert torch.equal(loaded.encode(noise(2)), tiny.encode(noise(2)))
     weights = safetensors.torch.load_file(tmp_path / "it" / "model.safetensors")
@@ -105,13 +105,13 @@ def test_saved_and_loaded(tiny: DVAETokenizer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 30, 32, 3), (2, 32, 0, 3), (2, 3, 32, 32), (32, 32, 3)])
-def test_frames_that_are_none(embedded: DVAETokenizer, shape: tuple[int, ...]) -> None:
+def test_frames_that_are_none(embedded: VQVAETokenizer, shape: tuple[int, ...]) -> None:
     with pytest.raises((MediaError, TypeError)):  # under pytest the annotated shapes are checked first
         embedded.encode(torch.zeros(shape, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("code", [-1, 40])
-def test_codes_out_of_range(tiny: DVAETokenizer, code: int) -> None:
+def test_codes_out_of_range(tiny: VQVAETokenizer, code: int) -> None:
     with pytest.raises(PassportError, match=f"{code}.*vocabulary has 40"):
         tiny.decode(torch.full((1, 2, 2), code))
 
@@ -159,24 +159,24 @@ def drop_and_reshape(weights: dict[str, Tensor]) -> None:
         (change_json(architecture=None), "architecture of the dVAE can't be read"),
         (change_json(architecture=TINY.to_dict() | {"heads": 4}), "heads"),
         (change_json(architecture=TINY.to_dict() | {"vocab_size": 41}), "the passport says"),
-        (change_json(passport={"kind": "dvae"}), "passport with missing"),
+        (change_json(passport={"kind": "vqvae"}), "passport with missing"),
         (change_json(kind="vqgan-x"), "unknown kind"),
     ],
 )
-def test_damaged_folders(tiny: DVAETokenizer, tmp_path: Path, damage: Callable[[Path], object], said: str) -> None:
+def test_damaged_folders(tiny: VQVAETokenizer, tmp_path: Path, damage: Callable[[Path], object], said: str) -> None:
     tiny.save(tmp_path / "it")
     damage(tmp_path / "it")
     with pytest.raises(TotoError, match=said):
         load_tokenizer(tmp_path / "it")
 
 
-def test_weights_that_are_no_safetensors(tiny: DVAETokenizer, tmp_path: Path) -> None:
+def test_weights_that_are_no_safetensors(tiny: VQVAETokenizer, tmp_path: Path) -> None:
     tiny.save(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a weight file")
     config = json.loads((tmp_path / "tokenizer.json").read_text())
     config["passport"]["weights_sha256"] = sha256_of(tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="can't be read"):
-        DVAETokenizer.from_folder(tmp_path, config, torch.device("cpu"))
+        VQVAETokenizer.from_folder(tmp_path, config, torch.device("cpu"))
 
 
 def test_psnr_is_skimages() -> None:
@@ -191,7 +191,7 @@ def test_code_use() -> None:
     assert (used, perplexity) == (4, pytest.approx(4.0))
 
 
-def test_report(tiny: DVAETokenizer) -> None:
+def test_report(tiny: VQVAETokenizer) -> None:
     clips = [noise(2), noise(3, 16, 16)]
     report = reconstruction_report(tiny, clips)
     each = torch.cat([psnr(frames, tiny.decode(tiny.encode(frames))) for frames in clips])
