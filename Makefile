@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 setup: .venv/.ready
 
-.venv/.ready: pyproject.toml constraints.txt tools/environment.py
+.venv/.ready: pyproject.toml constraints.txt references.txt tools/environment.py
 	$(PYTHON) tools/environment.py
 
 demo: setup

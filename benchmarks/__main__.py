@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-ALL = ("reading", "decoder", "tokenizer")
+ALL = ("reading", "decoder", "tokenizer", "encoding")
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from toto.media.encode import write_video
 from toto.media.ledger import LedgerRow
 from toto.media.procedural import make_clip
 from toto.tokens.passport import Passport
-from toto.tokens.shards import StoredItem, finish_store, write_ledger, write_shard
+from toto.tokens.shards import StoredItem, finish_store, write_ledger, write_pixels, write_shard
 from toto.tokens.vqvae import VQVAE, StackConfig, VQVAEConfig, VQVAETokenizer
 
 
@@ -83,10 +83,29 @@ PASSPORT = Passport(
 )
 
 
+TEXTURES = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)
+
+
+def pictured(codes) -> np.ndarray:
+    """Frames that show each code `[T, rows, cols]` as a texture of 8 x 8 pixels."""
+    frames, rows, cols = codes.shape
+    return TEXTURES[codes].swapaxes(2, 3).reshape(frames, 8 * rows, 8 * cols, 3)
+
+
 def make_store(
-    folder: Path, *, videos=(), images: int = 0, passport: Passport = PASSPORT, seed: int = 0, drift: int = 1
+    folder: Path,
+    *,
+    videos=(),
+    images: int = 0,
+    passport: Passport = PASSPORT,
+    seed: int = 0,
+    drift: int = 1,
+    pixels: bool = False,
 ) -> Path:
-    """A store of drifting codes: in each video, row r shows `first + r + drift x frame` (mod 7), with some noise."""
+    """A store of drifting codes: in each video, row r shows `first + r + drift x frame` (mod 7), with some noise.
+
+    With `pixels`, every code is a texture.
+    """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     codes, items, first = [], [], 0
@@ -102,6 +121,8 @@ def make_store(
         )
         first += frames
     shard = write_shard(folder, 0, codes, (3, 3))
+    if pixels:
+        shard["pixels"] = write_pixels(folder, 0, map(pictured, codes), (first, 24, 24))
     ledger = [LedgerRow(id=item.id, kind=item.kind, status="ok", frames=item.frame_count) for item in items]
     write_ledger(folder, ledger)
     finish_store(folder, passport=passport, stride=4, shards=[shard], items=items, counts={"ok": len(items)}, job={})
@@ -116,3 +137,8 @@ def video_store(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def image_store(tmp_path_factory) -> Path:
     return make_store(tmp_path_factory.mktemp("store") / "images", images=11, seed=1)
+
+
+@pytest.fixture(scope="session")
+def pixel_store(tmp_path_factory) -> Path:
+    return make_store(tmp_path_factory.mktemp("store") / "pixels", videos=(20, 9, 4, 33, 3, 12), images=9, pixels=True)

@@ -13,7 +13,7 @@ VERBS = {
     "demo": "everything below on the embedded sample, offline, in minutes",
     "tokenize": "images and videos -> shards of tokens",
     "train": "pre-train a model on shards, or continue",
-    "evaluate": "probe or bits: what a checkpoint knows, as numbers",
+    "evaluate": "probe, bits or patches: what a checkpoint knows, as numbers",
     "generate": "continue a video, or dream one",
     "tokenizer": "train or inspect a tokenizer",
 }

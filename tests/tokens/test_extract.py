@@ -18,7 +18,9 @@ from toto.media.transforms import square
 from toto.runtime.errors import ConfigError, InterruptedRunError, MediaError, TotoError
 from toto.tokens import extract
 from toto.tokens.extract import TokenizeConfig, tokenize
+from toto.tokens.fsq import FSQ, FSQConfig, FSQTokenizer
 from toto.tokens.shards import TokenStore, read_ledger
+from toto.tokens.vqvae import StackConfig
 
 
 def config(source, out, tokenizer_folder, **options):
@@ -193,3 +195,11 @@ def test_kill_9_loses_doubles_and_changes_nothing(tmp_path, tokenizer_folder):
     assert kills >= 2
     assert run(out).wait() == 0
     assert contents(out) == contents(whole.out)
+
+
+def test_more_codes_than_two_bytes_hold(tmp_path, media_folder):
+    stack = StackConfig(widths=(8, 8), hidden=(8, 8), blocks=(1, 1))
+    model = FSQ(FSQConfig(levels=(41, 41, 41), encoder=stack, decoder=stack))
+    FSQTokenizer.from_model(model, trained={}).save(tmp_path / "many")
+    with pytest.raises(ConfigError, match="has 68,921 codes, a store holds at most 65,536"):
+        tokenize(TokenizeConfig(source=media_folder, out=tmp_path / "out", tokenizer=str(tmp_path / "many")))

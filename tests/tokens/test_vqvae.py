@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,10 @@ from toto.media.decode import read_media
 from toto.media.transforms import square
 from toto.runtime.errors import CheckpointError, MediaError, PassportError, TotoError
 from toto.runtime.files import sha256_of
+from toto.tokens.neural import to_frames, to_pixels
 from toto.tokens.quality import code_use, psnr, reconstruction_report
 from toto.tokens.tokenizer import load_tokenizer
-from toto.tokens.vqvae import VQVAE, StackConfig, VQVAEConfig, VQVAETokenizer, to_frames, to_pixels
+from toto.tokens.vqvae import VQVAE, StackConfig, VQVAEConfig, VQVAETokenizer
 
 TINY = VQVAEConfig(
     vocab_size=40,
@@ -32,7 +34,7 @@ TINY = VQVAEConfig(
 
 @pytest.fixture
 def tiny() -> VQVAETokenizer:
-    """A random dVAE with a random codebook."""
+    """A random VQ-VAE with a random codebook."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = VQVAE(TINY)
@@ -152,13 +154,13 @@ def drop_and_reshape(weights: dict[str, Tensor]) -> None:
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "SHA-256 differs"),
         (
             change_weights(drop_and_reshape),
-            r"encoder.1.bias is missing, stranger is unknown, codebook is \[39, 4\]",
+            r"encoder.1.bias is missing, stranger is surplus, codebook is \[39, 4\]",
         ),
         (change_weights(lambda weights: weights["decoder.0.bias"].fill_(torch.nan)), "not finite: decoder.0.bias"),
-        (change_json(architecture={"vocab_size": 40}), "architecture of the dVAE can't be read"),
-        (change_json(architecture=None), "architecture of the dVAE can't be read"),
-        (change_json(architecture=TINY.to_dict() | {"heads": 4}), "heads"),
-        (change_json(architecture=TINY.to_dict() | {"vocab_size": 41}), "the passport says"),
+        (change_json(architecture={"vocab_size": 40}), "architecture of the tokenizer can't be read"),
+        (change_json(architecture=None), "architecture of the tokenizer can't be read"),
+        (change_json(architecture=dataclasses.asdict(TINY) | {"heads": 4}), "heads"),
+        (change_json(architecture=dataclasses.asdict(TINY) | {"vocab_size": 41}), "the passport says"),
         (change_json(passport={"kind": "vqvae"}), "passport with missing"),
         (change_json(kind="vqgan-x"), "unknown kind"),
     ],

@@ -1,4 +1,4 @@
-"""`toto evaluate probe` and `toto evaluate bits`."""
+"""`toto evaluate probe`, `toto evaluate bits` and `toto evaluate patches`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from toto.commands.parsing import parse, parse_source, take_word
 from toto.evaluation.features import open_backbone
 from toto.evaluation.labelled import LabelledClips, folder_clips, procedural_clips, split_by_share
 from toto.evaluation.probe import ProbeConfig
-from toto.evaluation.read_out import bits, probe
+from toto.evaluation.read_out import bits, patch_errors, probe
 from toto.evaluation.result import Metric, Result
 from toto.model.weights import load_card
 from toto.runtime.device import Precision
@@ -33,7 +33,7 @@ class ProbeOptions:
         test_share: that share.
         clips: how many procedural clips are made for training; a third as many for testing.
         out: write the result record to this JSON file.
-        tokenizer: "embedded", or a tokenizer folder.
+        tokenizer: "embedded", or a tokenizer folder; a model with patch inputs needs none.
         stride: of the frames of videos; by default that of the model's training data.
         batch: clips in one pass of the trunk.
         precision: auto, bf16 or fp32, of the trunk.
@@ -78,13 +78,38 @@ class BitsOptions:
     device: str = "auto"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PatchesOptions:
+    """Held-out error of predicted patches, beside their mean and copying the frame before.
+
+    Attributes:
+        checkpoint: a checkpoint or run folder, or a hub id.
+        heldout: the shards that are measured, made with --keep-pixels, [image:|video:]FOLDER.
+        windows: at most this many of each held-out source, spread evenly over it.
+        out: write the result record to this JSON file.
+        precision: auto, bf16 or fp32.
+        device: auto, cpu, cuda, ...
+    """
+
+    checkpoint: str
+    heldout: tuple[str, ...]
+    windows: int = 256
+    out: Path | None = None
+    precision: Precision = "auto"
+    device: str = "auto"
+
+
 def run(words: list[str]) -> None:
     """Parse, evaluate, print a table, and write the record where one is asked for."""
-    task, rest = take_word(words, verb="evaluate", what="TASK", known=["probe", "bits"])
+    task, rest = take_word(words, verb="evaluate", what="TASK", known=["probe", "bits", "patches"])
     if task == "bits":
         options = parse(BitsOptions, rest, verb="evaluate bits")
         result, out = evaluate_bits(options), options.out
         print_bits(result)
+    elif task == "patches":
+        wanted = parse(PatchesOptions, rest, verb="evaluate patches")
+        result, out = evaluate_patches(wanted), wanted.out
+        print_patches(result)
     else:
         asked = parse(ProbeOptions, rest, verb="evaluate probe")
         result, out = evaluate_probe(asked), asked.out
@@ -119,6 +144,17 @@ def evaluate_bits(options: BitsOptions) -> Result:
     )
 
 
+def evaluate_patches(options: PatchesOptions) -> Result:
+    """The record of held-out patch errors for these options."""
+    return patch_errors(
+        options.checkpoint,
+        heldout=tuple(parse_source(text) for text in options.heldout),
+        most=options.windows,
+        device=options.device,
+        precision=options.precision,
+    )
+
+
 def print_probe(result: Result) -> None:
     """The table by layer, with intervals and the chance level."""
     table = Table(title=f"Probe of {result.protocol['test']}: accuracy by layer, 95 % bootstrap intervals")
@@ -139,18 +175,32 @@ def print_probe(result: Result) -> None:
 
 def print_bits(result: Result) -> None:
     """Bits of model and baselines, over all frames, first frames and later ones."""
-    table = Table(title="Held-out bits per visual token")
-    for name in ("", "all frames", "first frame", "later frames"):
-        table.add_column(name, justify="right")
-    for name in ("model", "unigram", "copy"):
-        cells = [result.metrics.get(f"{name}_bits{part}") for part in ("", "_first_frame", "_later_frames")]
-        table.add_row(name, *(_cell(metric) for metric in cells))
-    Console().print(table)
+    _print_by_part(result, "Held-out bits per visual token", [f"{name}_bits" for name in ("model", "unigram", "copy")])
     gain = result.metrics.get("gain_over_copy_later_frames")
     if gain is not None:
         print(f"model against copying on later frames, window by window: {_cell(gain)} bits fewer")
     frames, rate = result.protocol["frames"], result.protocol["copy_rate"]
     print(f"{result.evaluated} windows of {frames} frames; copy rate {rate:.3f}")
+
+
+def print_patches(result: Result) -> None:
+    """Errors of model and baselines, over all frames, first frames and later ones."""
+    names = [f"{name}_error" for name in ("model", "mean", "copy")]
+    _print_by_part(result, "Held-out squared error of normalised patches", names)
+    gain = result.metrics.get("gain_over_copy_later_frames")
+    if gain is not None:
+        print(f"copying less model on later frames, window by window: {_cell(gain)}")
+    print(f"{result.evaluated} windows of {result.protocol['frames']} frames")
+
+
+def _print_by_part(result: Result, title: str, names: list[str]) -> None:
+    table = Table(title=title)
+    for heading in ("", "all frames", "first frame", "later frames"):
+        table.add_column(heading, justify="right")
+    for name in names:
+        cells = [result.metrics.get(f"{name}{part}") for part in ("", "_first_frame", "_later_frames")]
+        table.add_row(name.partition("_")[0], *(_cell(metric) for metric in cells))
+    Console().print(table)
 
 
 def _cell(metric: Metric | None) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from toto.commands.parsing import parse
-from toto.generation.rollout import continue_codes
+from toto.generation.rollout import continue_codes, require_token_inputs
 from toto.generation.sampler import SamplerConfig
 from toto.media.decode import read_media
 from toto.media.encode import write_gif, write_image, write_video
@@ -79,7 +79,8 @@ def run(words: list[str]) -> None:
     sampler = SamplerConfig(
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
     )
-    card = load_card(options.checkpoint)
+    card, model = load_card(options.checkpoint), load_model(options.checkpoint, device=pick_device(options.device))
+    require_token_inputs(model, where=options.checkpoint)
     tokenizer = load_tokenizer(options.tokenizer)
     passport = Passport.from_dict(card.passport, where=options.checkpoint)
     passport.require_tokenizer(
@@ -88,7 +89,6 @@ def run(words: list[str]) -> None:
         fix="give --tokenizer, the one the model was trained with",
     )
     codes = prompt_codes(options, tokenizer, passport, card.sequence["stride"])
-    model = load_model(options.checkpoint, device=pick_device(options.device))
     with Progress("generating", total=options.frames, unit="frames") as progress:
         made = continue_codes(
             model,

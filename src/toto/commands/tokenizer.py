@@ -1,30 +1,23 @@
-"""`toto tokenizer train RECIPE --out FOLDER` and `toto tokenizer inspect`."""
+"""`toto tokenizer train RECIPE --out FOLDER`, `toto tokenizer import --kind KIND ...` and `toto tokenizer inspect`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import typing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+import tyro
 
+from toto.commands import import_tokenizer, inspect_tokenizer
 from toto.commands.parsing import parse, take_word
-from toto.media import sample
-from toto.media.catalog import list_source
-from toto.media.decode import read_media
-from toto.media.ledger import LedgerRow, count_by_status, summary
-from toto.media.transforms import square
-from toto.recipes import TOKENIZERS
-from toto.runtime.device import pick_device
-from toto.runtime.errors import ConfigError, MediaError
-from toto.runtime.files import write_json
-from toto.runtime.progress import Progress
-from toto.runtime.provenance import as_plain
-from toto.tokens.quality import ReconstructionReport, reconstruction_report
-from toto.tokens.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
-from toto.training.tokenizer import train_tokenizer
+from toto.recipes import tokenizer_recipe, tokenizer_recipes
+from toto.runtime.errors import ConfigError
+from toto.training.tokenizer import TokenizerTrainConfig, train_tokenizer
+from toto.training.tokenizer_data import Source
+
+FIXED = ("name", "kind", "sources", "heldout")  # of a recipe: not for options of their own names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,94 +26,92 @@ class TrainOptions:
 
     Attributes:
         out: the tokenizer's folder.
+        data: folders of images and videos to train on instead of the recipe's, FOLDER[=SHARE].
+        heldout: folders to look at while it trains, instead of the recipe's.
+        data_stride: every so manieth frame of the videos in these folders.
         resume: continue the run in OUT, exactly.
         device: auto, cpu, cuda, ...
     """
 
     out: Path
+    data: tuple[str, ...] = ()
+    heldout: tuple[str, ...] = ()
+    data_stride: int = 4
     resume: bool = False
     device: str = "auto"
 
 
-@dataclass(frozen=True, kw_only=True)
-class InspectOptions:
-    """PSNR and code use of a tokenizer, on held-out frames of the embedded sample or on your own media.
-
-    Attributes:
-        tokenizer: "embedded", or a tokenizer folder.
-        data: a folder of images and videos; without it the held-out scenes and photographs of the sample.
-        size: the shortest side becomes this, then a square of it is cut out.
-        stride: every stride-th frame of a video is looked at.
-        out: write the figures to this JSON file.
-        device: auto, cpu, cuda, ...
-    """
-
-    tokenizer: str = EMBEDDED
-    data: Path | None = None
-    size: int = 128
-    stride: int = 6
-    out: Path | None = None
-    device: str = "auto"
-
-
 def run(words: list[str]) -> None:
-    """Train or inspect."""
-    task, rest = take_word(words, verb="tokenizer", what="TASK", known=["train", "inspect"])
+    """Train, import or inspect."""
+    task, rest = take_word(words, verb="tokenizer", what="TASK", known=["train", "import", "inspect"])
     if task == "train":
-        name, rest = take_word(rest, verb="tokenizer train", what="RECIPE", known=list(TOKENIZERS))
-        options = parse(TrainOptions, rest, verb=f"tokenizer train {name}")
-        train_tokenizer(TOKENIZERS[name](), out=options.out, resume=options.resume, device=options.device)
-        return
-    asked = parse(InspectOptions, rest, verb="tokenizer inspect")
-    tokenizer = load_tokenizer(asked.tokenizer, device=pick_device(asked.device))
-    reports = inspect(tokenizer, asked)
-    print_reports(reports, tokenizer.vocab_size)
-    if asked.out:
-        write_json(asked.out, as_plain(reports))
-
-
-def inspect(tokenizer: Tokenizer, options: InspectOptions) -> dict[str, ReconstructionReport]:
-    """Reports by source; what can't be read is printed with the reason and counted."""
-    tokenizer.grid(options.size, options.size)
-    if options.data is None:
-        parts = {"held-out scenes": sample.scenes("heldout"), "held-out photographs": sample.photographs("heldout")}
+        train(rest)
+    elif task == "import":
+        import_tokenizer.run(rest)
     else:
-        parts = {str(options.data): [item.path for item in list_source(options.data).items]}
-    return {name: _report(name, tokenizer, paths, options) for name, paths in parts.items()}
+        inspect_tokenizer.run(rest)
 
 
-def _report(name: str, tokenizer: Tokenizer, paths: list[Path], options: InspectOptions) -> ReconstructionReport:
-    rows: list[LedgerRow] = []
-
-    def frames() -> Iterator[Tensor]:
-        with Progress(f"inspecting {name}", total=len(paths), unit="items") as progress:
-            for path in paths:
-                try:
-                    clip = read_media(path, stride=options.stride)
-                    rows.append(LedgerRow(id=str(path), kind="", status="ok", frames=len(clip)))
-                    yield square(clip.frames, options.size)
-                except MediaError as error:
-                    rows.append(LedgerRow(id=str(path), kind="", status=error.status, reason=error.what))
-                progress.advance()
-
-    try:
-        report = reconstruction_report(tokenizer, frames())
-    except MediaError:
-        first = next((row.reason for row in rows), "there are none")
-        raise ConfigError(f"nothing could be read (the first: {first})", where=name) from None
-    print(f"{name}: {summary(count_by_status(rows))}")
-    for row in rows:
-        if row.status != "ok":
-            print(f"  {row.status:<10}{row.id}: {row.reason}")
-    return report
+def train(words: list[str]) -> None:
+    """Train by a recipe, given as the first word or as --recipe NAME."""
+    if words[:1] == ["--recipe"]:
+        words = words[1:]
+    name, rest = take_word(words, verb="tokenizer train", what="RECIPE", known=tokenizer_recipes())
+    recipe = tokenizer_recipe(name)
+    options = parse(options_with(recipe), rest, verb=f"tokenizer train {name}")
+    changed = {field.name: getattr(options.recipe, field.name) for field in dataclasses.fields(options.recipe)}
+    if options.data:
+        changed["sources"] = sources(options.data, options.data_stride)
+    if options.heldout:
+        changed["heldout"] = sources(options.heldout, options.data_stride)
+    config = dataclasses.replace(recipe, **changed)
+    train_tokenizer(config, out=options.out, resume=options.resume, device=options.device)
 
 
-def print_reports(reports: dict[str, ReconstructionReport], vocabulary: int) -> None:
-    """The reports as a table."""
-    table = Table(title="Reconstruction: mean of each frame's PSNR, and use of the codes")
-    for name in ("", "frames", "PSNR, dB", f"codes used of {vocabulary:,}", "perplexity"):
-        table.add_column(name, justify="right")
-    for name, report in reports.items():
-        used = f"{report.codes_used:,} ({report.share_used:.0%})"
-        table.add_row(name, f"{report.frames:,}", f"{report.psnr_db:.2f}", used, f"{report.perplexity:,.0f}")
-    Console().print(table)
+def options_with(recipe: TokenizerTrainConfig) -> type[Any]:
+    """The options with every value of the recipe beside them, to be changed one by one."""
+    hints = typing.get_type_hints(TokenizerTrainConfig)
+    fields: list[Any] = []
+    for field in dataclasses.fields(recipe):
+        if field.name not in FIXED:
+            value = getattr(recipe, field.name)
+            kind = type(value) if dataclasses.is_dataclass(value) else hints[field.name]
+            fields.append((field.name, kind, dataclasses.field(default=value)))
+    values = dataclasses.make_dataclass("Recipe", fields, frozen=True, kw_only=True)
+    values.__doc__ = TokenizerTrainConfig.__doc__
+    flat = Annotated[values, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    kind = dataclasses.make_dataclass(
+        "RecipeOptions",
+        [("recipe", flat, dataclasses.field(default=values()))],
+        bases=(TrainOptions,),
+        frozen=True,
+        kw_only=True,
+    )
+    kind.__doc__ = TrainOptions.__doc__
+    return kind
+
+
+def sources(folders: tuple[str, ...], stride: int) -> tuple[Source, ...]:
+    """Read `FOLDER[=SHARE]` words.
+
+    >>> sources(("photos=0.2",), 4)[0].share
+    0.2
+    """
+    if stride < 1:
+        raise ConfigError(f"must be at least 1, is {stride}", where="--data-stride")
+    found = []
+    for text in folders:
+        folder, equals, share = text.rpartition("=")
+        if not equals:
+            folder, share = text, "1"
+        try:
+            weight = float(share)
+        except ValueError:
+            raise ConfigError(f"share {share!r} is not a number", where=text, fix="write FOLDER=0.2") from None
+        if not weight > 0:
+            raise ConfigError(f"share {share} is not positive", where=text, fix="leave the folder out")
+        found.append(Source(name=Path(folder).name or folder, where=folder, stride=stride, share=weight))
+    names = [source.name for source in found]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"folders of the same name ({', '.join(names)})", where="--data", fix="rename one")
+    return tuple(found)

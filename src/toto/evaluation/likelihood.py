@@ -18,12 +18,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from toto.evaluation.patch_error import model_errors
 from toto.model.transformer import Transformer
 from toto.runtime.device import Precision, autocast
 from toto.runtime.errors import ConfigError
 from toto.tokens.shards import TokenStore
 from toto.training.config import TrainConfig
-from toto.training.mixture import Source, SourceConfig, Window, sequences_of
+from toto.training.mixture import Source, SourceConfig, Window, patches_of, sequences_of
 from toto.training.objective import token_losses
 
 
@@ -85,14 +86,14 @@ class Bits:
 
     def summary(self) -> dict[str, float]:
         """Means over all frames, over first frames and over later ones, for the model and both baselines."""
-        found = {}
-        for name in ("model", "unigram", "copy"):
-            bits: Tensor = getattr(self, name)
-            found[f"{name}_bits"] = float(bits.mean())
-            found[f"{name}_bits_first_frame"] = float(bits[:, 0].mean())
-            if bits.shape[1] > 1:
-                found[f"{name}_bits_later_frames"] = float(bits[:, 1:].mean())
-        return found
+        parts = [by_part(f"{name}_bits", getattr(self, name)) for name in ("model", "unigram", "copy")]
+        return parts[0] | parts[1] | parts[2]
+
+
+def by_part(name: str, values: Float[Tensor, "windows T"]) -> dict[str, float]:
+    """The mean of a measure over all frames, over first frames and over later ones, where there are any."""
+    later = {f"{name}_later_frames": float(values[:, 1:].mean())} if values.shape[1] > 1 else {}
+    return {name: float(values.mean()), f"{name}_first_frame": float(values[:, 0].mean())} | later
 
 
 @torch.inference_mode()
@@ -106,7 +107,8 @@ def model_bits(
     for first in range(0, len(windows), batch):
         group = windows[first : first + batch]
         with autocast(precision, model.device):
-            losses = token_losses(model, sequences_of(group).to(model.device))
+            patches = patches_of(group, device=model.device)
+            losses = token_losses(model, sequences_of(group).to(model.device), patches)
         frames = group[0].codes.shape[0]
         parts.append(losses[:, :-1].reshape(len(group), frames, -1).mean(dim=2).double().cpu() / math.log(2))
     return torch.cat(parts)
@@ -129,34 +131,38 @@ def measure_bits(
     )
 
 
-def spread_windows(config: SourceConfig, *, frames: int, most: int) -> list[Window]:
+def spread_windows(config: SourceConfig, *, frames: int, most: int, pixels: bool = False) -> list[Window]:
     """At most `most` windows of a source, spread evenly over a fixed enumeration of it."""
-    source = Source(config, frames=frames, seed=0, number=0)
+    source = Source(config, frames=frames, seed=0, number=0, pixels=pixels)
     count = source.draws_per_epoch
     return [source.in_order(place * count // min(most, count)) for place in range(min(most, count))]
 
 
 def heldout_evaluation(config: TrainConfig) -> Callable[[Transformer], dict[str, float]]:
-    """A callable for the training loop: mean bits per visual token on the run's held-out data, by modality."""
-    data, precision = config.data, config.precision
-    groups = list(_by_modality(data.heldout, frames=data.frames, most=config.eval_sequences))
+    """A callable for the training loop: the mean over the run's held-out data by modality.
+
+    Bits per visual token, or the error of normalised patches where the model predicts pixels.
+    """
+    groups = list(_by_modality(config))
+    measure, unit = (model_errors, "patch_error") if config.model.targets == "pixels" else (model_bits, "bits")
 
     def evaluate(model: Transformer) -> dict[str, float]:
         found = {}
         for modality, windows in groups:
-            bits = model_bits(model, windows, precision=precision)
-            found[f"{modality}_bits"] = float(bits.mean())
-            if bits.shape[1] > 1:
-                found[f"{modality}_bits_later_frames"] = float(bits[:, 1:].mean())
+            values = measure(model, windows, precision=config.precision)
+            found[f"{modality}_{unit}"] = float(values.mean())
+            if values.shape[1] > 1:
+                found[f"{modality}_{unit}_later_frames"] = float(values[:, 1:].mean())
         return found
 
     return evaluate
 
 
-def _by_modality(sources: tuple[SourceConfig, ...], *, frames: int, most: int) -> Iterator[tuple[str, list[Window]]]:
-    for modality in dict.fromkeys(source.modality for source in sources):
-        alike = [source for source in sources if source.modality == modality]
+def _by_modality(config: TrainConfig) -> Iterator[tuple[str, list[Window]]]:
+    frames, most, pixels = config.data.frames, config.eval_sequences, config.model.inputs == "patches"
+    for modality in dict.fromkeys(source.modality for source in config.data.heldout):
+        alike = [source for source in config.data.heldout if source.modality == modality]
         yield (
             modality,
-            [window for each in alike for window in spread_windows(each, frames=frames, most=most)],
+            [window for each in alike for window in spread_windows(each, frames=frames, most=most, pixels=pixels)],
         )

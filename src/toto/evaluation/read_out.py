@@ -9,15 +9,18 @@ import numpy as np
 
 from toto.evaluation.features import TotoBackbone
 from toto.evaluation.labelled import LabelledClips, extract
-from toto.evaluation.likelihood import fit_baselines, measure_bits, spread_windows
+from toto.evaluation.likelihood import by_part, fit_baselines, measure_bits, spread_windows
+from toto.evaluation.patch_error import measure_errors
 from toto.evaluation.probe import POOLS, ProbeConfig, ProbeScore, chosen, train_probes
 from toto.evaluation.result import Metric, Result, bootstrap
-from toto.model.weights import load_card, load_model, weights_sha256
+from toto.model.transformer import Transformer
+from toto.model.weights import Card, load_card, load_model, weights_sha256
 from toto.runtime.device import Precision, pick_device
+from toto.runtime.errors import ConfigError
 from toto.runtime.provenance import as_plain
 from toto.tokens.passport import Passport
 from toto.tokens.shards import TokenStore
-from toto.training.mixture import SourceConfig
+from toto.training.mixture import SourceConfig, Window
 
 
 def probe(
@@ -79,19 +82,13 @@ def bits(
 
     Raises:
         PassportError: shards that another tokenizer made.
+        ConfigError: the checkpoint predicts pixels.
     """
-    card = load_card(checkpoint)
-    passport = Passport.from_dict(card.passport, where=str(checkpoint))
-    for source in (*train, *heldout):
-        passport.require_same(
-            TokenStore(source.path).passport,
-            where=str(source.path),
-            fix="tokenize it as the model's data was",
-        )
-    model = load_model(checkpoint, device=pick_device(device))
-    windows = [
-        window for source in heldout for window in spread_windows(source, frames=card.sequence["frames"], most=most)
-    ]
+    card, model = load_card(checkpoint), load_model(checkpoint, device=pick_device(device))
+    if model.config.targets != "codes":
+        raise ConfigError("predicts pixels, not codes", where=checkpoint, fix="use `toto evaluate patches`")
+    _require_passport(card, checkpoint, (*train, *heldout))
+    windows = _windows(model, card, heldout, most)
     baselines = fit_baselines([TokenStore(source.path) for source in train])
     found = measure_bits(model, windows, baselines, precision=precision)
     metrics = {name: Metric(value=value) for name, value in found.summary().items()}
@@ -120,6 +117,69 @@ def bits(
             f"{name}_by_frame": getattr(found, name).mean(dim=0).tolist() for name in ("model", "unigram", "copy")
         },
     )
+
+
+def patch_errors(
+    checkpoint: str | Path,
+    *,
+    heldout: tuple[SourceConfig, ...],
+    most: int = 256,
+    device: str = "auto",
+    precision: Precision = "auto",
+) -> Result:
+    """Held-out error of the patches that a checkpoint predicts, and of the mean and of copying.
+
+    Raises:
+        PassportError: shards that another tokenizer made.
+        ConfigError: the checkpoint predicts codes, or the shards hold no pixels.
+    """
+    card, model = load_card(checkpoint), load_model(checkpoint, device=pick_device(device))
+    if model.config.targets != "pixels":
+        raise ConfigError("predicts codes, not pixels", where=checkpoint, fix="use `toto evaluate bits`")
+    _require_passport(card, checkpoint, heldout)
+    windows = _windows(model, card, heldout, most)
+    found = measure_errors(model, windows, precision=precision)
+    curves = {"model": found.model, "mean": found.mean, "copy": found.copy}
+    metrics: dict[str, Metric] = {}
+    for name, values in curves.items():
+        metrics |= {part: Metric(value=value) for part, value in by_part(f"{name}_error", values).items()}
+        metrics[f"{name}_error"] = bootstrap(values.mean(dim=1).numpy())
+    if found.model.shape[1] > 1:
+        metrics["gain_over_copy_later_frames"] = bootstrap((found.copy - found.model)[:, 1:].mean(dim=1).numpy())
+    return Result(
+        task="patches",
+        protocol={
+            "heldout": [as_plain(source) for source in heldout],
+            "frames": card.sequence["frames"],
+            "windows": len(windows),
+            "patch_values": model.config.values_in_patch,
+            "precision": precision,
+        },
+        metrics=metrics,
+        offered=len(windows),
+        evaluated=len(windows),
+        failed=0,
+        model_sha256=weights_sha256(checkpoint),
+        passport=card.passport,
+        details={f"{name}_by_frame": values.mean(dim=0).tolist() for name, values in curves.items()},
+    )
+
+
+def _require_passport(card: Card, checkpoint: str | Path, sources: tuple[SourceConfig, ...]) -> None:
+    """Refuse shards that were made otherwise than those the checkpoint was trained on."""
+    passport = Passport.from_dict(card.passport, where=str(checkpoint))
+    for source in sources:
+        passport.require_same(
+            TokenStore(source.path).passport,
+            where=str(source.path),
+            fix="tokenize it as the model's data was",
+        )
+
+
+def _windows(model: Transformer, card: Card, sources: tuple[SourceConfig, ...], most: int) -> list[Window]:
+    """Held-out windows of some sources, with pixels where the model takes patches."""
+    frames, pixels = card.sequence["frames"], model.config.inputs == "patches"
+    return [window for each in sources for window in spread_windows(each, frames=frames, most=most, pixels=pixels)]
 
 
 def _accuracy(score: ProbeScore) -> Metric:

@@ -40,7 +40,11 @@ def continue_codes(
         sampler: how tokens are drawn.
         use_cache: keep keys and values; the result is the same, without it each token costs a whole pass.
         on_frame: called after every new frame, for progress.
+
+    Raises:
+        ConfigError: the model takes patches, or there is no frame to add.
     """
+    require_token_inputs(model, where="model")
     if new_frames < 1 or context_frames < 1:
         raise ConfigError(f"new frames {new_frames} and context {context_frames} must be at least 1")
     generator = torch.Generator().manual_seed(sampler.seed)
@@ -61,6 +65,12 @@ def continue_codes(
         if on_frame:
             on_frame()
     return codes
+
+
+def require_token_inputs(model: Transformer, *, where: str) -> None:
+    """Refuse a model with patch inputs: what it predicts is not what it takes."""
+    if model.config.inputs == "patches":
+        raise ConfigError("takes patches, so it can't continue a clip", where=where, fix="use a model of token inputs")
 
 
 def _draw_frame(

@@ -7,13 +7,15 @@ from toto.model.config import ModelConfig
 
 def parameter_table(config: ModelConfig) -> dict[str, int]:
     """Parameters by part; "total" is last, and counts a tied output layer once."""
-    D, V = config.width, config.vocabulary
+    D = config.width
+    patches = (config.values_in_patch + 1) * D if config.inputs == "patches" else 0
+    biases = config.outputs if config.targets == "pixels" else 0
     parts = {
-        "embedding": V * D,
+        "embedding": config.embedded_ids * D + patches,
         "attention": config.layers * 4 * D * D,
         "mlp": config.layers * 3 * D * config.mlp_hidden,
         "norms": (2 * config.layers + 1) * D,
-        "output": 0 if config.tie_embeddings else V * D,
+        "output": 0 if config.tie_embeddings else config.outputs * D + biases,
     }
     return parts | {"total": sum(parts.values())}
 

@@ -8,6 +8,7 @@ from typing import Literal
 from toto.runtime.errors import ConfigError
 
 MlpRule = Literal["labels", "llama"]
+SPECIAL_IDS = 4  # ids 0 .. 3 of a sequence are pad, video start, end, image start; visual ones follow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class ModelConfig:
         init_std: standard deviation of the initial weights; those that write into the residual stream get
             init_std / sqrt(2 x layers). Not published.
         parametrisation: how widths scale the initialisation and learning rates.
+        inputs: what the model sees at visual positions: the tokens' ids, or the patches of pixels they were made from.
+        targets: what it predicts: the next code, or the next patch, normalised (patch inputs only).
+        patch_values: P, numbers in a patch (side x side x 3); None takes it from the training data.
     """
 
     vocab_size: int | None = None
@@ -38,6 +42,9 @@ class ModelConfig:
     tie_embeddings: bool = False
     init_std: float = 0.02
     parametrisation: Literal["standard"] = "standard"
+    inputs: Literal["tokens", "patches"] = "tokens"
+    targets: Literal["codes", "pixels"] = "codes"
+    patch_values: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads", "mlp_hidden"):
@@ -51,6 +58,19 @@ class ModelConfig:
             )
         if self.rope_base <= 1:
             raise ConfigError(f"must be above 1, is {self.rope_base}", where="model.rope_base")
+        if self.inputs == "patches":
+            if self.tie_embeddings:
+                raise ConfigError(
+                    "patch inputs have no embedding to share", where="model.tie_embeddings", fix="leave it out"
+                )
+            if self.patch_values is not None and self.patch_values < 1:
+                raise ConfigError(f"must be at least 1, is {self.patch_values}", where="model.patch_values")
+        elif self.targets == "pixels":
+            raise ConfigError(
+                "pixels are predicted from patches alone", where="model.targets", fix="set model.inputs to patches"
+            )
+        elif self.patch_values is not None:
+            raise ConfigError("token inputs have no patches", where="model.patch_values", fix="leave it out")
 
     @property
     def head_size(self) -> int:
@@ -63,6 +83,23 @@ class ModelConfig:
         if self.vocab_size is None:
             raise ConfigError("is not set yet", where="model.vocab_size", fix="give the tokenizer's vocabulary + 4")
         return self.vocab_size
+
+    @property
+    def values_in_patch(self) -> int:
+        """`patch_values`, which must be known by now."""
+        if self.patch_values is None:
+            raise ConfigError("is not set yet", where="model.patch_values", fix="give the patch side squared x 3")
+        return self.patch_values
+
+    @property
+    def embedded_ids(self) -> int:
+        """How many ids have an embedding: with patch inputs, the special ones alone."""
+        return SPECIAL_IDS if self.inputs == "patches" else self.vocabulary
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers the output layer gives at a position."""
+        return self.values_in_patch if self.targets == "pixels" else self.vocabulary
 
 
 SHAPES = {
@@ -103,3 +140,14 @@ def with_vocabulary(config: ModelConfig, vocab_size: int) -> ModelConfig:
             fix="leave it out",
         )
     return replace(config, vocab_size=vocab_size)
+
+
+def with_patch_values(config: ModelConfig, patch_values: int) -> ModelConfig:
+    """The configuration for patches of this many numbers; one that names another is refused."""
+    if config.patch_values not in (None, patch_values):
+        raise ConfigError(
+            f"is {config.patch_values}, the data has patches of {patch_values}",
+            where="model.patch_values",
+            fix="leave it out",
+        )
+    return replace(config, patch_values=patch_values)

@@ -22,6 +22,7 @@ class Section:
         title: its heading.
         text: paragraphs, plain text.
         plots: SVG texts, side by side.
+        plots_in_row: how many of them fit beside each other on a wide screen, 2 or 3.
         pictures: files with their captions, embedded.
         table: rows of cells, the first row being the heading.
     """
@@ -29,6 +30,7 @@ class Section:
     title: str
     text: tuple[str, ...] = ()
     plots: tuple[str, ...] = ()
+    plots_in_row: int = 2
     pictures: tuple[tuple[Path, str], ...] = ()
     table: tuple[tuple[str, ...], ...] = ()
 

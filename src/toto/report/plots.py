@@ -20,30 +20,30 @@ def loss_curve(rows: Sequence[dict[str, float]], bits: Result) -> str:
     name = "heldout/video_bits_later_frames"
     points = [(row["step"], row[name]) for row in rows if name in row]
     train = [(row["step"], row["train/loss"] / 0.6931471805599453) for row in rows if "train/loss" in row]
-    figure, axes = _figure("Training: bits per token", "step", "bits")
+    figure, axes = new_figure("Training: bits per token", "step", "bits")
     axes.plot(*zip(*_smoothed(train), strict=True), color=FAINT, linewidth=1.2, label="training loss, all tokens")
     axes.plot(*zip(*points, strict=True), color=MODEL, marker="o", markersize=3, label="model, held-out, later frames")
     for label, colour in (("unigram", UNIGRAM), ("copy", COPY)):
         level = bits.metrics[f"{label}_bits_later_frames"].value
         axes.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=f"{label}, held-out: {level:.2f}")
-    _legend(axes)
-    return _svg(figure)
+    add_legend(axes)
+    return as_svg(figure)
 
 
 def bits_by_frame(bits: Result) -> str:
     """Held-out bits by the frame's place in the sequence."""
-    figure, axes = _figure("Held-out bits per token by frame", "frame", "bits")
+    figure, axes = new_figure("Held-out bits per token by frame", "frame", "bits")
     for name, colour in (("unigram", UNIGRAM), ("copy", COPY), ("model", MODEL)):
         values = bits.details[f"{name}_by_frame"]
         axes.plot(range(1, len(values) + 1), values, color=colour, marker="o", markersize=3, label=name)
     axes.set_ylim(bottom=0)
-    _legend(axes)
-    return _svg(figure)
+    add_legend(axes)
+    return as_svg(figure)
 
 
 def probe_by_layer(probe: Result, title: str) -> str:
     """Probe accuracy by layer with intervals, the chosen layers marked, and the chance level."""
-    figure, axes = _figure(title, "layer (0: embedding)", "test accuracy, %")
+    figure, axes = new_figure(title, "layer (0: embedding)", "test accuracy, %")
     for pool, colour in POOL_COLOURS.items():
         rows = [row for row in probe.details["by_layer"] if row["pool"] == pool]
         layers = [row["layer"] for row in rows]
@@ -67,11 +67,12 @@ def probe_by_layer(probe: Result, title: str) -> str:
         axes.axhline(largest, color=UNIGRAM, linestyle=":", linewidth=1.2, label=f"largest class: {largest:.1f}")
     axes.set_ylim(0, 100)
     axes.set_xticks(sorted({row["layer"] for row in probe.details["by_layer"]}))
-    _legend(axes)
-    return _svg(figure)
+    add_legend(axes)
+    return as_svg(figure)
 
 
-def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+def new_figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    """A small figure in the style of all plots, with its axes."""
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
@@ -84,7 +85,8 @@ def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes) -> None:
+def add_legend(axes: Axes) -> None:
+    """A legend that hides no line."""
     axes.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.85)
 
 
@@ -95,7 +97,8 @@ def _smoothed(points: list[tuple[float, float]], most: int = 80) -> list[tuple[f
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
+    """The figure as text that a page can hold."""
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()

@@ -7,6 +7,7 @@ the tables is. Thus two runs give the same bytes, whatever the number of workers
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -44,11 +45,13 @@ from toto.tokens.shards import (
     TokenStore,
     finish_store,
     write_ledger,
+    write_pixels,
     write_shard,
 )
-from toto.tokens.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
+from toto.tokens.tokenizer import EMBEDDED, Arithmetic, Tokenizer, load_tokenizer
 
 PLAN = "plan.json"
+MOST_CODES = 2**16  # two bytes a token
 PARTS = "parts"
 IMAGES_IN_SHARD = 16_384
 BYTES_IN_SHARD = 64_000_000
@@ -70,8 +73,12 @@ class TokenizeConfig:
         views: how often each item is tokenized. The first view is the centre crop from frame 0; further ones are
             random crops that start at a random frame below the stride.
         seed: seed of the random views.
+        keep_pixels: keep the frames beside their codes, for models that take or predict patches. At 128 pixels a frame
+            takes 49,152 bytes, its codes 512.
         workers: processes; 0 encodes in this one. None uses every core.
         device: where the tokenizer runs: auto, cpu, cuda, ...
+        precision: of the tokenizer's matrix products, fp32 or bf16. In bf16 it is faster, and a few codes in a hundred
+            are other ones.
     """
 
     source: Positional[Path]
@@ -82,8 +89,10 @@ class TokenizeConfig:
     min_frames: int = 16
     views: int = 1
     seed: int = 0
+    keep_pixels: bool = False
     workers: int | None = None
     device: str = "auto"
+    precision: Arithmetic = "fp32"
 
     def __post_init__(self) -> None:
         for name, least in (("size", 1), ("stride", 1), ("min_frames", 1), ("views", 1)):
@@ -97,10 +106,11 @@ class TokenizeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """Codes of one view of an item."""
+    """Codes of one view of an item; `pixels` is the file that its frames wait in until the shard is written."""
 
     codes: Codes
     fps: float
+    pixels: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +130,21 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
         ConfigError: nothing to read, or the folder holds another job.
         InterruptedRunError: a signal arrived; the same call continues.
     """
-    tokenizer = load_tokenizer(config.tokenizer, device=pick_device(config.device))
+    tokenizer = load_tokenizer(config.tokenizer, device=pick_device(config.device), precision=config.precision)
     passport = tokenizer.at(config.size, config.size)
+    if passport.vocab_size > MOST_CODES:
+        raise ConfigError(
+            f"has {passport.vocab_size:,} codes, a store holds at most {MOST_CODES:,}",
+            where=config.tokenizer,
+            fix="use another tokenizer",
+        )
     catalog = list_source(config.source)
     duplicates = find_duplicates(catalog.items)
     shards = cut(catalog)
     if _plan(config, passport, catalog) == "finished":
         _tidy(config.out)
         return TokenStore(config.out)
+    (config.out / PARTS).mkdir(exist_ok=True)
     parts = _finished_parts(config.out)
     pending = shards[len(parts) :]
     offered = len(catalog.items)
@@ -162,6 +179,8 @@ def encode_item(item: Item, tokenizer: Tokenizer, config: TokenizeConfig) -> Enc
     try:
         views = tuple(_encode_view(item, number, tokenizer, config) for number in range(config.views))
     except MediaError as error:
+        for number in range(config.views if config.keep_pixels else 0):
+            _waiting_pixels(config, item, number).unlink(missing_ok=True)
         return Encoded(item=item, status=error.status, reason=error.what)
     return Encoded(item=item, views=views)
 
@@ -175,18 +194,28 @@ def _encode_view(item: Item, number: int, tokenizer: Tokenizer, config: Tokenize
         else iter([read_image(item.path, source=item.id)])
     )
     box, codes, rate = None, [], 0.0
-    for clip in clips:
-        height, width = shortest_side_to(clip.frames.shape[1], clip.frames.shape[2], config.size)
-        box = box or crop_box(height, width, config.size, "random" if number else "centre", rng)
-        frames = apply_crop(resize(clip.frames, height, width), box).to(tokenizer.device)
-        codes.append(tokenizer.encode(frames).cpu().numpy().astype(np.uint16))
-        rate = clip.rate
+    pixels = _waiting_pixels(config, item, number) if config.keep_pixels else None
+    with pixels.open("wb") if pixels else contextlib.nullcontext() as kept:
+        for clip in clips:
+            height, width = shortest_side_to(clip.frames.shape[1], clip.frames.shape[2], config.size)
+            box = box or crop_box(height, width, config.size, "random" if number else "centre", rng)
+            frames = apply_crop(resize(clip.frames, height, width), box)
+            codes.append(tokenizer.encode(frames.to(tokenizer.device)).cpu().numpy().astype(np.uint16))
+            if kept:
+                kept.write(frames.contiguous().numpy().data)
+            rate = clip.rate
     whole = np.concatenate(codes)
     if item.kind == "video" and len(whole) < config.min_frames:
         raise ShortMediaError(
             f"{len(whole)} frames at stride {config.stride}, fewer than {config.min_frames}", where=item.id
         )
-    return View(codes=whole, fps=rate)
+    return View(codes=whole, fps=rate, pixels=pixels)
+
+
+def _waiting_pixels(config: TokenizeConfig, item: Item, number: int) -> Path:
+    """Where a view's frames wait: a video's may be larger than memory, and would be slow to hand over."""
+    name = hashlib.sha256(_view_id(item.id, number).encode()).hexdigest()
+    return config.out / PARTS / f"{name[:32]}.pixels"
 
 
 _worker: tuple[Tokenizer, TokenizeConfig] | None = None
@@ -196,7 +225,7 @@ def _start_worker(config: TokenizeConfig) -> None:
     global _worker
     leave_with_parent()
     torch.set_num_threads(1)
-    _worker = load_tokenizer(config.tokenizer, device=pick_device(config.device)), config
+    _worker = load_tokenizer(config.tokenizer, device=pick_device(config.device), precision=config.precision), config
 
 
 def _work(item: Item) -> Encoded:
@@ -284,7 +313,7 @@ def _plan(config: TokenizeConfig, passport: Passport, catalog: Catalog) -> str:
         before = plan
     if before != plan:
         known = before if isinstance(before, dict) else {}
-        different = ", ".join(name for name in plan if known.get(name) != plan[name])
+        different = ", ".join(name for name in {**plan, **known} if known.get(name) != plan.get(name))
         raise ConfigError(f"holds another job (different: {different})", where=config.out, fix="choose another --out")
     return "finished" if finished else "open"
 
@@ -292,7 +321,9 @@ def _plan(config: TokenizeConfig, passport: Passport, catalog: Catalog) -> str:
 def _choices(config: TokenizeConfig) -> dict[str, Any]:
     """The options that decide what the store holds."""
     names = ("size", "stride", "min_frames", "views", "seed")
-    return {name: getattr(config, name) for name in names}
+    chosen = {name: getattr(config, name) for name in names}
+    unusual = {"keep_pixels": True} if config.keep_pixels else {}  # stores without them stay as they were
+    return chosen | unusual | ({"precision": config.precision} if config.precision != "fp32" else {})
 
 
 def _finished_parts(out: Path) -> list[dict[str, Any]]:
@@ -303,7 +334,14 @@ def _finished_parts(out: Path) -> list[dict[str, Any]]:
 
 
 def _write_part(config: TokenizeConfig, number: int, results: list[Encoded], grid: tuple[int, int]) -> dict[str, Any]:
-    shard = write_shard(config.out, number, [view.codes for result in results for view in result.views], grid)
+    views = [view for result in results for view in result.views]
+    shard = write_shard(config.out, number, [view.codes for view in views], grid)
+    if config.keep_pixels:
+        waiting = [(view.pixels, len(view.codes)) for view in views if view.pixels]
+        clips = (np.memmap(path, np.uint8, "r", shape=(T, config.size, config.size, 3)) for path, T in waiting)
+        shard["pixels"] = write_pixels(config.out, number, clips, (shard["frames"], config.size, config.size))
+        for path, _ in waiting:
+            path.unlink()
     items = [
         {"id": _view_id(result.item.id, place), "kind": result.item.kind, "label": result.item.label}
         | {"frame_count": len(view.codes), "fps": view.fps, "stride": config.stride}

@@ -4,6 +4,7 @@ A store is a folder:
 
     manifest.json      passport, stride, counts, checksums; written last, so a store with it is whole
     frames-NNNNN.npy   uint16 [F, rows, cols], items one after another, never split over files
+    pixels-NNNNN.npy   uint8 [F, H, W, 3], the frames that were tokenized; only where they were asked for
     items.parquet      a row per kept item: id, kind, label, first_frame, frame_count, fps, stride
     ledger.parquet     a row per offered input: id, kind, status, reason, frames
 
@@ -13,6 +14,7 @@ Frames are stored at the tokenizing stride and windows are cut when they are rea
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,18 +25,19 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from toto.media.decode import Kind
 from toto.media.ledger import LedgerRow
-from toto.runtime.errors import StoreError
+from toto.runtime.errors import ConfigError, StoreError
 from toto.runtime.files import read_json, sha256_of, write_json, written_aside
 from toto.tokens.passport import Passport
 
 FORMAT, VERSION = "toto-shards", 1
 MANIFEST, ITEMS, LEDGER = "manifest.json", "items.parquet", "ledger.parquet"
 Codes = npt.NDArray[np.uint16]
+Pixels = npt.NDArray[np.uint8]
 
 ITEM_COLUMNS: dict[str, pa.DataType] = {
     "id": pa.string(),
@@ -80,6 +83,31 @@ def write_shard(folder: Path, number: int, codes: list[Codes], grid: tuple[int, 
     with written_aside(path) as aside, aside.open("wb") as handle:
         np.save(handle, whole, allow_pickle=False)
     return {"file": path.name, "frames": len(whole), "sha256": sha256_of(path)}
+
+
+def write_pixels(folder: Path, number: int, clips: Iterable[Pixels], shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Write the pixels `[F, H, W, 3]` of a shard's frames, clip after clip, so that one clip is in memory at most.
+
+    Args:
+        folder: the store's.
+        number: of the shard.
+        clips: frames uint8 `[T, H, W, 3]`, in the order of the shard's codes.
+        shape: F, H and W.
+
+    Returns:
+        What the shard's entry in the manifest gets as "pixels".
+    """
+    path = folder / f"pixels-{number:05d}.npy"
+    header = {"descr": "|u1", "fortran_order": False, "shape": (*shape, 3)}
+    with written_aside(path) as aside, aside.open("wb") as handle:
+        np.lib.format.write_array_header_1_0(handle, header)
+        frames = 0
+        for clip in clips:
+            handle.write(np.ascontiguousarray(clip).data)
+            frames += len(clip)
+        if frames != shape[0]:
+            raise StoreError(f"{frames} frames of pixels for {shape[0]} frames of codes", where=path)
+    return {"file": path.name, "sha256": sha256_of(path)}
 
 
 def finish_store(
@@ -132,7 +160,7 @@ class TokenStore:
         self.manifest = manifest
         self.passport = Passport.from_dict(manifest["passport"], where=str(self.folder))
         self.stride = int(manifest["stride"])
-        self._maps: dict[int, Codes] = {}
+        self._maps: dict[str, npt.NDArray[Any]] = {}
         self._firsts = [0]
         for shard in manifest["shards"]:
             self._firsts.append(self._firsts[-1] + shard["frames"])
@@ -174,42 +202,74 @@ class TokenStore:
 
     def frames(self, first: int, count: int) -> Codes:
         """Frames `first .. first + count - 1`, all in one file, as a view of the mapped file."""
-        number = bisect.bisect_right(self._firsts, first) - 1
-        if first < 0 or number >= len(self._firsts) - 1 or first + count > self._firsts[number + 1]:
-            last = first + count - 1
-            raise StoreError(f"frames {first} to {last} are not in one file of it", where=self.folder)
-        start = first - self._firsts[number]
-        return self._map(number)[start : start + count]
+        shard, start = self._place(first, count)
+        return self._map(shard["file"], np.uint16, (shard["frames"], *self.grid))[start : start + count]
 
     def codes(self, number: int, start: int = 0, count: int | None = None) -> Int64[Tensor, "T rows cols"]:
         """Codes of an item's frames `start .. start + count - 1` as int64."""
-        first, total = int(self.column("first_frame")[number]), int(self.column("frame_count")[number])
-        wanted = total - start if count is None else count
-        return torch.from_numpy(self.frames(first + start, wanted).astype(np.int64))
+        return torch.from_numpy(self.frames(*self._frames_of(number, start, count)).astype(np.int64))
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether the pixels of the frames are kept beside their codes."""
+        return all("pixels" in shard for shard in self.manifest["shards"])
+
+    def pixels(self, number: int, start: int = 0, count: int | None = None) -> UInt8[Tensor, "T H W 3"]:
+        """Pixels of an item's frames `start .. start + count - 1`, as they were tokenized.
+
+        Raises:
+            ConfigError: the store was made without them.
+        """
+        self.require_pixels()
+        assert self.passport.frame_size is not None
+        first, wanted = self._frames_of(number, start, count)
+        shard, place = self._place(first, wanted)
+        kept = self._map(shard["pixels"]["file"], np.uint8, (shard["frames"], *self.passport.frame_size, 3))
+        return torch.from_numpy(kept[place : place + wanted].copy())
+
+    def require_pixels(self) -> None:
+        """Refuse a store that was made without pixels."""
+        if not self.has_pixels:
+            raise ConfigError(
+                "holds codes without pixels", where=self.folder, fix="make it again with `toto tokenize --keep-pixels`"
+            )
 
     def verify(self) -> None:
         """Read every byte and compare it with the manifest's checksums."""
-        sums = {shard["file"]: shard["sha256"] for shard in self.manifest["shards"]} | self.manifest["tables"]
+        shards = self.manifest["shards"]
+        files = [*shards, *(shard["pixels"] for shard in shards if "pixels" in shard)]
+        sums = {file["file"]: file["sha256"] for file in files} | self.manifest["tables"]
         for name, expected in sums.items():
             path = self.folder / name
             if not path.exists() or sha256_of(path) != expected:
                 state = "damaged" if path.exists() else "missing"
                 raise StoreError(f"{state} (checksum of the manifest)", where=path, fix="make the store again")
 
-    def _map(self, number: int) -> Codes:
-        if number not in self._maps:
-            shard = self.manifest["shards"][number]
-            path = self.folder / shard["file"]
+    def _frames_of(self, number: int, start: int, count: int | None) -> tuple[int, int]:
+        """An item's frames as first frame of the store and count."""
+        first, total = int(self.column("first_frame")[number]), int(self.column("frame_count")[number])
+        return first + start, total - start if count is None else count
+
+    def _place(self, first: int, count: int) -> tuple[dict[str, Any], int]:
+        """The shard that frames `first .. first + count - 1` lie in, and where in it they begin."""
+        number = bisect.bisect_right(self._firsts, first) - 1
+        if first < 0 or number >= len(self._firsts) - 1 or first + count > self._firsts[number + 1]:
+            last = first + count - 1
+            raise StoreError(f"frames {first} to {last} are not in one file of it", where=self.folder)
+        return self.manifest["shards"][number], first - self._firsts[number]
+
+    def _map(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        if name not in self._maps:
+            path = self.folder / name
             try:
                 mapped = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError) as error:
                 raise StoreError(f"can't be read ({error})", where=path, fix="make the store again") from None
-            expected = (shard["frames"], *self.grid)
-            if mapped.shape != expected or mapped.dtype != np.uint16:
-                found = f"{mapped.dtype} {mapped.shape}"
-                raise StoreError(f"holds {found}, the manifest says uint16 {expected}", where=path, fix="make it again")
-            self._maps[number] = mapped
-        return self._maps[number]
+            if mapped.shape != shape or mapped.dtype != dtype:
+                found, said = f"{mapped.dtype} {mapped.shape}", f"{np.dtype(dtype)} {shape}"
+                raise StoreError(f"holds {found}, the manifest says {said}", where=path, fix="make it again")
+            self._maps[name] = mapped
+        return self._maps[name]
 
 
 def write_ledger(folder: Path, ledger: list[LedgerRow]) -> None:

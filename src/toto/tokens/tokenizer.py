@@ -1,7 +1,8 @@
 """The interface every discrete tokenizer answers, and how one is loaded by name or folder.
 
 A tokenizer on disk is a folder: `tokenizer.json` (kind, architecture, passport) and `model.safetensors`.
-A new kind is one file beside this one and one entry in `KINDS`.
+A new kind is one file beside this one and one entry in `KINDS`. A kind that lives in another distribution is an entry
+point of the group `toto.tokenizers`: its name is the kind, its value "package.module:TokenizerClass".
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import abc
 import importlib
 from importlib import resources
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int64, UInt8
@@ -24,7 +26,14 @@ from toto.tokens.passport import Passport
 CONFIG_FILE = "tokenizer.json"
 WEIGHTS_FILE = "model.safetensors"
 EMBEDDED = "embedded"
-KINDS = {"vqvae": "toto.tokens.vqvae:VQVAETokenizer"}
+KINDS = {
+    "dvae": "toto.tokens.dvae:DVAETokenizer",
+    "fsq": "toto.tokens.fsq:FSQTokenizer",
+    "vqgan": "toto.tokens.vqgan:VQGANTokenizer",
+    "vqvae": "toto.tokens.vqvae:VQVAETokenizer",
+}
+ENTRY_POINTS = "toto.tokenizers"
+Arithmetic = Literal["fp32", "bf16"]
 
 
 class Tokenizer(abc.ABC):
@@ -51,8 +60,14 @@ class Tokenizer(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_folder(cls, folder: Path, config: dict[str, Any], device: torch.device) -> Tokenizer:
+    def from_folder(
+        cls, folder: Path, config: dict[str, Any], device: torch.device, precision: Arithmetic = "fp32"
+    ) -> Tokenizer:
         """Load from a tokenizer folder whose `tokenizer.json` has been read."""
+
+    @abc.abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write a tokenizer folder that `from_folder` reads."""
 
     @property
     def vocab_size(self) -> int:
@@ -80,8 +95,16 @@ class Tokenizer(abc.ABC):
         check_codes(codes, self.vocab_size, where=f"{self.passport.kind} tokenizer")
 
 
-def load_tokenizer(name: str | Path = EMBEDDED, *, device: str | torch.device = "cpu") -> Tokenizer:
+def load_tokenizer(
+    name: str | Path = EMBEDDED, *, device: str | torch.device = "cpu", precision: Arithmetic = "fp32"
+) -> Tokenizer:
     """Load a tokenizer: the small one that ships with toto ("embedded"), or a folder.
+
+    Args:
+        name: "embedded" or the folder.
+        device: where it computes.
+        precision: of its matrix products. In bf16 a few codes in a hundred differ from those in fp32, so a store
+            should be made in one of them; the store's job record says which.
 
     Raises:
         CheckpointError: the folder is not a tokenizer, or its weights don't fit.
@@ -95,13 +118,41 @@ def load_tokenizer(name: str | Path = EMBEDDED, *, device: str | torch.device = 
         )
     config = read_json(folder / CONFIG_FILE, what="tokenizer configuration")
     kind = config.get("kind") if isinstance(config, dict) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str):
+        raise CheckpointError("names no kind of tokenizer", where=folder / CONFIG_FILE, fix="use a whole folder")
+    return tokenizer_class(kind, where=folder).from_folder(folder, config, torch.device(device), precision)
+
+
+def tokenizer_class(kind: str, *, where: str | Path) -> type[Tokenizer]:
+    """The class of a kind of tokenizer: toto's own, or one that another distribution registered.
+
+    Raises:
+        CheckpointError: nobody knows the kind, or what is registered for it can't be imported or is no tokenizer.
+    """
+    others = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
+    known = others | KINDS
+    if kind not in known:
         raise CheckpointError(
-            f"unknown kind of tokenizer {kind!r}", where=folder, fix=f"known kinds: {', '.join(KINDS)}"
+            f"unknown kind of tokenizer {kind!r}",
+            where=where,
+            fix=f"known kinds: {', '.join(sorted(known))}; others come with the package that made it",
         )
-    module, name_in_module = KINDS[kind].split(":")
-    tokenizer_class: type[Tokenizer] = getattr(importlib.import_module(module), name_in_module)
-    return tokenizer_class.from_folder(folder, config, torch.device(device))
+    module, _, name_in_module = known[kind].partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name_in_module)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(
+            f"the kind {kind!r} is registered as {known[kind]}, which can't be imported ({error})",
+            where=where,
+            fix="mend or remove the package that registers it",
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, Tokenizer)):
+        raise CheckpointError(
+            f"the kind {kind!r} is registered as {known[kind]}, which is no Tokenizer",
+            where=where,
+            fix="mend or remove the package that registers it",
+        )
+    return found
 
 
 def embedded_folder() -> Path:

@@ -47,7 +47,7 @@ class TrainConfig:
 
     Attributes:
         data: what is trained on.
-        model: the architecture; its vocabulary comes from the data.
+        model: the architecture; its vocabulary and patch values come from the data.
         optimizer: AdamW and its schedule.
         init: start from this checkpoint's weights (a checkpoint or run folder, or a hub id); the step count, the
             optimizer and the order begin anew. Its sequences may have been shorter, its rope_base another.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from toto.model.budget import parameter_line
-from toto.model.config import with_vocabulary
+from toto.model.config import ModelConfig, with_patch_values, with_vocabulary
 from toto.model.transformer import Transformer
 from toto.model.weights import Card, load_card, load_model, newest_checkpoint
 from toto.runtime.device import autocast, pick_device
@@ -24,11 +25,12 @@ from toto.runtime.metrics import Metrics
 from toto.runtime.progress import Progress, say
 from toto.runtime.provenance import ANOTHER, RECORD, as_plain, write_provenance
 from toto.tokens.passport import Passport
+from toto.tokens.patches import patch_values
 from toto.tokens.sequence import sequence_length, sequence_vocabulary
 from toto.tokens.shards import MANIFEST
 from toto.training.checkpoint import restore_checkpoint, save_checkpoint
 from toto.training.config import TrainConfig
-from toto.training.mixture import Mixture, describe, sequences_of
+from toto.training.mixture import Mixture, describe, patches_of, sequences_of
 from toto.training.objective import next_token_loss
 from toto.training.optimizer import learning_rate, make_optimizer
 
@@ -93,9 +95,10 @@ class _Run:
 
     @property
     def tokens_in_step(self) -> int:
-        """Predicted tokens in a step."""
+        """Predicted tokens in a step; an end is predicted among codes, not among patches."""
         rows, cols = self.mixture.grid
-        return self.config.batch * (sequence_length(self.mixture.frames, rows, cols) - 1)
+        not_predicted = 2 if self.config.model.targets == "pixels" else 1
+        return self.config.batch * (sequence_length(self.mixture.frames, rows, cols) - not_predicted)
 
     def save(self) -> Path:
         """Save a checkpoint of the finished steps."""
@@ -118,8 +121,11 @@ def _prepare(config: TrainConfig, out: Path, resume: bool) -> _Run:
     newest = newest_checkpoint(out)
     if newest and not resume:
         raise ConfigError("already holds a run", where=out, fix="add --resume to continue it, or choose another --out")
-    mixture = Mixture(config.data.sources, frames=config.data.frames, seed=config.seed)
+    sees_pixels = config.model.inputs == "patches"
+    mixture = Mixture(config.data.sources, frames=config.data.frames, seed=config.seed, pixels=sees_pixels)
     architecture = with_vocabulary(config.model, sequence_vocabulary(mixture.passport.vocab_size))
+    if sees_pixels:
+        architecture = with_patch_values(architecture, patch_values(mixture.passport))
     torch.manual_seed(config.seed)
     model = Transformer(architecture).to(device)
     optimizer = make_optimizer(model, config.optimizer)
@@ -172,10 +178,11 @@ def _step(run: _Run) -> tuple[float, float]:
     run.model.train()
     losses: list[Tensor] = []
     for first in range(0, config.batch, config.micro_batch):
-        part = windows[first : first + config.micro_batch]
-        sequences = sequences_of(part, config.data.frames_at(run.step)).to(run.device)
+        part, frames = windows[first : first + config.micro_batch], config.data.frames_at(run.step)
+        sequences = sequences_of(part, frames).to(run.device)
+        patches = patches_of(part, frames, device=run.device)
         with autocast(config.precision, run.device):
-            loss = next_token_loss(run.model, sequences)
+            loss = next_token_loss(run.model, sequences, patches)
         (loss * config.micro_batch / config.batch).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.optimizer.clip))
@@ -237,10 +244,17 @@ def _require_same_run(config: TrainConfig, out: Path) -> None:
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """The options that decide the result; where the shards lie does not, their checksums are compared instead."""
+    """The options that decide the result; where the shards lie does not, their checksums are compared instead.
+
+    Architecture options that a run's record is too old to name had their defaults.
+    """
     kept = {name: value for name, value in config.items() if name not in FREE_TO_CHANGE}
     sources = [{**source, "path": None} for source in config["data"]["sources"]]
-    return kept | {"data": {**config["data"], "sources": sources, "heldout": None}}
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.default is not MISSING}
+    return kept | {
+        "data": {**config["data"], "sources": sources, "heldout": None},
+        "model": defaults | config["model"],
+    }
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

@@ -22,13 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from toto.media.sampling import tiling
 from toto.runtime.errors import ConfigError, PassportError
 from toto.runtime.seed import integer, stream
 from toto.tokens.passport import Passport
+from toto.tokens.patches import patchify
 from toto.tokens.sequence import Modality, pack
 from toto.tokens.shards import TokenStore
 from toto.training.permutation import permuted
@@ -53,20 +54,26 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """T frames for one sequence, and where they come from: (item, first frame in it) for each run of frames."""
+    """T frames for one sequence, and where they come from: (item, first frame in it) for each run of frames.
+
+    Their pixels are there where patches were asked for.
+    """
 
     codes: Int64[Tensor, "T rows cols"]
     modality: Modality
     source: int
     origin: tuple[tuple[str, int], ...]
+    pixels: UInt8[Tensor, "T H W 3"] | None = None
 
 
 class Source:
-    """The windows of one store, addressed by their number."""
+    """The windows of one store, addressed by their number; with their pixels where `pixels` is set."""
 
-    def __init__(self, config: SourceConfig, *, frames: int, seed: int, number: int):
-        self.config, self.frames, self.number = config, frames, number
+    def __init__(self, config: SourceConfig, *, frames: int, seed: int, number: int, pixels: bool = False):
+        self.config, self.frames, self.number, self.pixels = config, frames, number, pixels
         self.store = TokenStore(config.path)
+        if pixels:
+            self.store.require_pixels()
         self._seed = integer(seed, "source", number)
         table = self.store.table
         is_kind = np.array([kind == config.modality for kind in table.column("kind").to_pylist()], dtype=bool)
@@ -122,18 +129,20 @@ class Source:
         return item, window - int(self._windows_before[item])
 
     def _window(self, item: int, start: int) -> Window:
-        codes = self.store.codes(item, start, self.frames)
-        return self._made(codes, ((self._name(item), start),))
+        return self._made([(item, start)], self.frames)
 
     def _group(self, places: list[int]) -> Window:
-        items = [int(self._items[place]) for place in places]
-        return self._made(
-            torch.cat([self.store.codes(item) for item in items]),
-            tuple((self._name(item), 0) for item in items),
-        )
+        return self._made([(int(self._items[place]), 0) for place in places], 1)
 
-    def _made(self, codes: Tensor, origin: tuple[tuple[str, int], ...]) -> Window:
-        return Window(codes=codes, modality=self.config.modality, source=self.number, origin=origin)
+    def _made(self, runs: list[tuple[int, int]], count: int) -> Window:
+        """The window of `count` frames from each (item, first frame)."""
+        return Window(
+            codes=torch.cat([self.store.codes(item, start, count) for item, start in runs]),
+            modality=self.config.modality,
+            source=self.number,
+            origin=tuple((self._name(item), start) for item, start in runs),
+            pixels=torch.cat([self.store.pixels(item, start, count) for item, start in runs]) if self.pixels else None,
+        )
 
     def _name(self, item: int) -> str:
         return str(self.store.table.column("id")[item].as_py())
@@ -143,11 +152,12 @@ class Mixture:
     """Several sources in fixed ratios, addressed by (step, slot).
 
     Raises:
-        ConfigError: no source, a weight that is not positive, or a source without a window.
+        ConfigError: no source, a weight that is not positive, a source without a window, or one without the pixels
+            that are asked for.
         PassportError: sources of different tokenizers or grids.
     """
 
-    def __init__(self, sources: tuple[SourceConfig, ...], *, frames: int, seed: int):
+    def __init__(self, sources: tuple[SourceConfig, ...], *, frames: int, seed: int, pixels: bool = False):
         if not sources:
             raise ConfigError("no source to train on", where="data.sources", fix="give at least one shard folder")
         for source in sources:
@@ -156,7 +166,9 @@ class Mixture:
                     f"weight {source.weight} is not positive", where=source.path, fix="leave the source out"
                 )
         self.frames, self.seed = frames, seed
-        self.sources = [Source(source, frames=frames, seed=seed, number=n) for n, source in enumerate(sources)]
+        self.sources = [
+            Source(source, frames=frames, seed=seed, number=n, pixels=pixels) for n, source in enumerate(sources)
+        ]
         for other in self.sources[1:]:
             self.passport.require_same(
                 other.store.passport, where=str(other.config.path), fix="tokenize all sources alike"
@@ -197,6 +209,17 @@ def sequences_of(windows: list[Window], frames: int | None = None) -> Int64[Tens
     """Windows as sequences of ids; with `frames`, each cut into sequences of so many frames."""
     parts = [window.codes.reshape(-1, frames or len(window.codes), *window.codes.shape[1:]) for window in windows]
     return torch.cat([pack(codes, window.modality) for codes, window in zip(parts, windows, strict=True)])
+
+
+def patches_of(
+    windows: list[Window], frames: int | None = None, *, device: torch.device | str = "cpu"
+) -> Float[Tensor, "B N P"] | None:
+    """The patches of what `sequences_of` makes of the same windows, on a device; None where there are no pixels."""
+    pixels = [window.pixels for window in windows if window.pixels is not None]
+    if not pixels:
+        return None
+    parts = [clip.reshape(-1, frames or len(clip), *clip.shape[1:]) for clip in pixels]
+    return patchify(torch.cat(parts).to(device), *windows[0].codes.shape[1:])
 
 
 def block_shares(weights: list[float]) -> tuple[int, ...]:

@@ -1,12 +1,14 @@
-"""Training of the small VQ-VAE: one function that builds, restores, steps, looks, saves.
+"""Training of tokenizers: one function that builds, restores, steps, looks, saves.
 
 A run is defined by its number of steps, its seed and its configuration. What is drawn at a step depends on the seed
-and the step alone, and the whole state is saved, so a run that was stopped goes on as if nothing had happened.
+and the step alone, and the whole state is saved, so a run that was stopped goes on as if nothing had happened. What
+a step optimises is the method's affair (`toto.training.learner`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import time
@@ -14,11 +16,10 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, Literal, final
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -30,9 +31,10 @@ from toto.runtime.metrics import Metrics
 from toto.runtime.progress import Progress, duration, say
 from toto.runtime.provenance import as_plain, write_provenance
 from toto.runtime.seed import integer, stream
+from toto.tokens.neural import Network, NeuralTokenizer
 from toto.tokens.quality import ReconstructionReport
-from toto.tokens.vqvae import VQVAE, VQVAEConfig, VQVAETokenizer
-from toto.training.codebook import Codebook, CodebookConfig
+from toto.tokens.tokenizer import tokenizer_class
+from toto.training.learner import Method, Moment, Part
 from toto.training.tokenizer_data import CropConfig, Crops, Source, load_squares
 from toto.training.tokenizer_heldout import evaluate, flat, rounded, warn_of_collapse
 
@@ -45,8 +47,9 @@ class TokenizerTrainConfig:
 
     Attributes:
         name: the recipe's name.
-        model: the architecture.
-        codebook: how the codebook learns.
+        kind: of the tokenizer ("dvae", "vqgan", ...).
+        model: the architecture, of this kind.
+        method: what is optimised, and how the codes learn.
         crops: what is cut out of the frames.
         cooldown_crops: the same during the cool-down.
         sources: frames to train on.
@@ -59,11 +62,12 @@ class TokenizerTrainConfig:
             On a CPU that others use too this is far faster than one part with several threads.
         learning_rate: AdamW's, at its height.
         warmup_steps: steps over which it rises from nought.
-        cooldown_steps: last steps, over which it falls to nought.
+        cooldown_steps: last steps, over which it falls.
+        cooldown: along which curve: 1 - "sqrt" of the share that has passed, or half a "cosine".
+        final_learning_rate: where it falls to.
         betas: AdamW's.
         weight_decay: AdamW's.
         clip: the gradient's norm is at most this.
-        absolute_error: weight of the mean absolute error beside the mean squared one.
         average_decay: decay of the average over the weights, which is what is kept in the end.
         precision: of the matrix products.
         report_every: steps between rows of metrics.
@@ -73,8 +77,9 @@ class TokenizerTrainConfig:
     """
 
     name: str
-    model: VQVAEConfig
-    codebook: CodebookConfig
+    kind: str
+    model: Any
+    method: Method
     crops: CropConfig
     cooldown_crops: CropConfig
     sources: tuple[Source, ...]
@@ -87,10 +92,11 @@ class TokenizerTrainConfig:
     learning_rate: float
     warmup_steps: int
     cooldown_steps: int
+    cooldown: Literal["sqrt", "cosine"] = "sqrt"
+    final_learning_rate: float = 0.0
     betas: tuple[float, float]
     weight_decay: float
     clip: float
-    absolute_error: float
     average_decay: float
     precision: Precision
     report_every: int
@@ -99,7 +105,7 @@ class TokenizerTrainConfig:
     collapse_below: float
 
 
-def train_tokenizer(config: TokenizerTrainConfig, *, out: Path, resume: bool, device: str = "auto") -> VQVAETokenizer:
+def train_tokenizer(config: TokenizerTrainConfig, *, out: Path, resume: bool, device: str = "auto") -> NeuralTokenizer:
     """Train a tokenizer into a folder; returns what was written there.
 
     The folder gets `tokenizer.json` and `model.safetensors` when the run is finished, and on the way `made.json`,
@@ -118,6 +124,8 @@ def train_tokenizer(config: TokenizerTrainConfig, *, out: Path, resume: bool, de
         InterruptedRunError: a signal arrived; everything was saved.
     """
     state_file = out / STATE_FILE
+    if not config.sources or not config.heldout:
+        raise ConfigError("no frames to train on or to look at", where=out, fix="give --data and --heldout")
     if state_file.exists() and not resume:
         raise ConfigError("holds a run already", where=out, fix="continue it with --resume or choose another folder")
     run = Run(config, pick_device(device))
@@ -137,7 +145,8 @@ def train_tokenizer(config: TokenizerTrainConfig, *, out: Path, resume: bool, de
     tokenizer.save(out)
     for name, report in look.items():
         use = f"{report.codes_used:,} of {tokenizer.vocab_size:,} codes"
-        say(f"{name}: {report.psnr_db:.2f} dB, {use}")
+        similar = f", SSIM {report.ssim:.3f}" if report.ssim is not None else ""
+        say(f"{name}: {report.psnr_db:.2f} dB{similar}, {use}")
     say(f"{out}: finished after {duration(time.monotonic() - began)}")
     return tokenizer
 
@@ -159,9 +168,11 @@ def loop(run: Run, crops: Crops, heldout: Mapping[str, Tensor], metrics: Metrics
             if run.step % config.evaluate_every == 0 and run.step < config.steps:
                 look = evaluate(run.tokenizer(), heldout)
                 metrics.write(run.step, flat(look))
-                if run.codebook.active(run.step):
-                    warn_of_collapse(look, config.model.vocab_size, config.collapse_below, run.step)
-                heldout_note = ", ".join(f"{name} {report.psnr_db:.2f} dB" for name, report in look.items())
+                if run.learner.quantised(run.step):
+                    warn_of_collapse(look, run.vocab_size, config.collapse_below, run.step, run.learner.remedy)
+                heldout_note = ", ".join(
+                    f"{name} {report.psnr_db:.2f} dB {report.share_used:.0%} codes" for name, report in look.items()
+                )
             progress.advance(note=f"loss {values['train/loss']:.4f}  {heldout_note}")
             if run.step % config.save_every == 0 or run.step == config.steps or stop:
                 run.save(out / STATE_FILE)
@@ -194,18 +205,6 @@ def story(run: Run, crops: Crops, look: Mapping[str, ReconstructionReport]) -> d
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """What some of a step's crops gave."""
-
-    squared: Tensor
-    distance: Tensor
-    loss: Tensor
-    latents: Tensor
-    codes: Tensor
-    gradients: tuple[Tensor, ...]
-
-
 @final
 class Run:
     """The state of a training run, and one step of it.
@@ -218,74 +217,67 @@ class Run:
         if config.batch % config.parts:
             raise ConfigError(f"{config.batch} crops can't be split into {config.parts} equal parts", where="batch")
         self.config, self.device, self.step = config, device, 0
+        self.kind = network_kind(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(integer(config.seed, "weights"))
-            self.model = VQVAE(config.model)
-        self.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = VQVAE(config.model).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average.load_state_dict(self.model.state_dict())
-        self.average.requires_grad_(False)
-        self.codebook = Codebook(self.model, config.codebook)
-        self.parameters: list[Tensor] = list(self.model.parameters())
+            self.model = self.kind.network(config.model)
+            self.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.learner = config.method.learner(self.model)
+        self.learner.extra.to(device=device)
+        self.average: Network = copy.deepcopy(self.model).requires_grad_(False)
+        self.parameters = self.learner.parameters
+        groups = [{"params": list(module.parameters())} for module in (self.model, self.learner.extra)]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay
+            [group for group in groups if group["params"]],
+            lr=0.0,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
         )
+
+    @property
+    def vocab_size(self) -> int:
+        """How many codes there are."""
+        return int(self.config.model.vocab_size)
 
     def advance(self, crops: Crops, pool: Executor) -> dict[str, float]:
         """Take one step; returns what metrics say of it."""
-        config = self.config
+        config, moment = self.config, Moment(step=self.step, cooling=cooldown(self.config, self.step) > 0)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.step)
-        cut = config.cooldown_crops if cooldown(config, self.step) else config.crops
-        pixels = crops.batch(self.step, config.batch, cut).to(self.device)
-        parts = list(pool.map(self._part, pixels.chunk(config.parts)))
+        pixels = crops.batch(self.step, config.batch, config.cooldown_crops if moment.cooling else config.crops)
+        pixels = pixels.to(self.device)
+
+        def part(number: int, some: Tensor) -> Part:
+            noise = torch.Generator().manual_seed(integer(config.seed, "noise", self.step, number))
+            with autocast(config.precision, self.device):
+                return self.learner.part(some, moment, noise)
+
+        parts = list(pool.map(part, range(config.parts), pixels.chunk(config.parts)))
         loss = torch.stack([part.loss for part in parts]).mean()
-        self._require_finite(loss)
         for parameter, *gradients in zip(self.parameters, *(part.gradients for part in parts), strict=True):
             parameter.grad = sum(gradients[1:], start=gradients[0]).div_(len(parts))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
+        norms = [torch.nn.utils.clip_grad_norm_(group["params"], config.clip) for group in self.optimizer.param_groups]
+        self._require_finite(torch.stack([loss, *norms]))
         self.optimizer.step()
-        codes = torch.cat([part.codes for part in parts])
-        rng = stream(config.seed, "codebook", self.step)
-        revived = self.codebook.follow(torch.cat([part.latents for part in parts]), codes, self.step, rng)
+        after = self.learner.after(parts, moment, stream(config.seed, "codebook", self.step))
         self._average()
         self.step += 1
-        squared = torch.stack([part.squared for part in parts]).mean()
-        return {
-            "train/loss": float(loss),
-            "train/psnr_db": -10 * math.log10(float(squared) / 4),
-            "train/code_distance": float(torch.stack([part.distance for part in parts]).mean()),
-            "train/codes_in_batch": float(torch.bincount(codes).count_nonzero()),
-            "train/codes_revived": float(revived),
-            "train/gradient_norm": float(norm),
-            "train/learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+        squared = float((torch.cat([part.rebuilt for part in parts]) - pixels).square().mean())
+        values = {name: torch.stack([part.values[name] for part in parts]).mean() for name in parts[0].values}
+        found = {
+            "loss": float(loss),
+            "psnr_db": -10 * math.log10(max(squared, 1e-12) / 4),
+            "codes_in_batch": float(torch.bincount(torch.cat([part.codes for part in parts])).count_nonzero()),
+            "gradient_norm": float(norms[0]),
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+            **{name: float(value) for name, value in values.items()},
+            **after,
         }
+        return {f"train/{name}": value for name, value in found.items()}
 
-    def _part(self, pixels: Tensor) -> Part:
-        """Loss and gradients of some of the crops; changes nothing, so that several can run side by side."""
-        with autocast(self.config.precision, self.device):
-            latents = self.model.latents(pixels)
-            codes = self.model.nearest(latents.detach())
-            vectors, distance = latents, latents.new_zeros(())
-            if self.codebook.active(self.step):
-                vectors, distance = self.codebook.quantise(latents, codes)
-            rebuilt = self.model.pixels(vectors).float()
-        squared, absolute = F.mse_loss(rebuilt, pixels), F.l1_loss(rebuilt, pixels)
-        book = self.config.codebook
-        weight = book.cooldown_commitment if cooldown(self.config, self.step) else book.commitment
-        loss = squared + self.config.absolute_error * absolute + weight * distance
-        return Part(
-            squared=squared.detach(),
-            distance=distance.detach(),
-            loss=loss.detach(),
-            latents=latents.detach().flatten(0, 2),
-            codes=codes.flatten(),
-            gradients=torch.autograd.grad(loss, self.parameters),
-        )
-
-    def tokenizer(self, trained: Mapping[str, Any] | None = None) -> VQVAETokenizer:
+    def tokenizer(self, trained: Mapping[str, Any] | None = None) -> NeuralTokenizer:
         """The averaged weights as a tokenizer, rounded as they will be stored."""
-        return VQVAETokenizer.from_model(self.average, trained=trained or {}, device=self.device)
+        return self.kind.from_model(self.average, trained=trained or {}, device=self.device)
 
     def save(self, path: Path) -> None:
         """Write the whole state into one file."""
@@ -334,8 +326,9 @@ class Run:
         """Every tensor that decides how the run goes on, by name; the tensors themselves, not copies."""
         state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         state |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-        state |= {"codebook.count": self.codebook.count, "codebook.total": self.codebook.total}
-        for name, parameter in self.model.named_parameters():
+        state |= {f"extra.{name}": value for name, value in self.learner.extra.state_dict().items()}
+        state |= self.learner.state()
+        for name, parameter in (*self.model.named_parameters(), *self.learner.extra.named_parameters("extra")):
             state |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         return state
 
@@ -351,26 +344,47 @@ class Run:
         """Move the averaged weights towards the model's; early steps count for more."""
         decay = min(self.config.average_decay, (self.step + 1) / (self.step + 10))
         averages: list[Tensor] = list(self.average.parameters())
-        torch._foreach_lerp_(averages, self.parameters, 1 - decay)
-        self.average.codebook.copy_(self.model.codebook)
+        now: list[Tensor] = list(self.model.parameters())
+        torch._foreach_lerp_(averages, now, 1 - decay)
+        for average, buffer in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            average.copy_(buffer)
 
-    def _require_finite(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
+    def _require_finite(self, values: Tensor) -> None:
+        if not torch.isfinite(values).all():
             raise NonFiniteLossError(
-                f"the loss is {float(loss)} at step {self.step}",
+                f"loss and gradient norms are {', '.join(f'{value:.4g}' for value in values)} at step {self.step}",
                 fix="lower learning_rate or clip, or use --precision fp32, and continue from the last save",
             )
 
 
+def network_kind(config: TokenizerTrainConfig) -> type[NeuralTokenizer]:
+    """The class of the tokenizer that a configuration trains.
+
+    Raises:
+        ConfigError: there is no such kind, it has no network, or the architecture is another kind's.
+    """
+    kind = tokenizer_class(config.kind, where="kind")
+    if not issubclass(kind, NeuralTokenizer):
+        raise ConfigError(f"the kind {config.kind!r} has no network to train", where="kind")
+    if not isinstance(config.model, kind.architecture):
+        wanted = kind.architecture.__name__
+        raise ConfigError(f"is a {type(config.model).__name__}, the kind {config.kind} has {wanted}", where="model")
+    return kind
+
+
 def learning_rate(config: TokenizerTrainConfig, step: int) -> float:
-    """AdamW's rate at a step: a linear rise, a plateau, and a fall as 1 - sqrt(share of the cool-down passed).
+    """AdamW's rate at a step: a linear rise, a plateau, and a fall over the cool-down.
 
     The plateau doesn't depend on where the run ends, so a run can be made longer from any step before its cool-down.
     """
-    rise = min(1.0, (step + 1) / config.warmup_steps)
-    return config.learning_rate * rise * (1 - math.sqrt(cooldown(config, step)))
+    rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    passed = cooldown(config, step)
+    left = 1 - math.sqrt(passed) if config.cooldown == "sqrt" else (1 + math.cos(math.pi * passed)) / 2
+    return rise * (config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * left)
 
 
 def cooldown(config: TokenizerTrainConfig, step: int) -> float:
     """The share of the cool-down that has passed, 0 before it."""
+    if not config.cooldown_steps:
+        return 0.0
     return max(0, step - (config.steps - config.cooldown_steps)) / config.cooldown_steps

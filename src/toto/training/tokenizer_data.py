@@ -15,12 +15,16 @@ from torch import Tensor
 
 from toto.media import sample
 from toto.media.catalog import list_source
-from toto.media.decode import read_media
+from toto.media.decode import media_kind, read_media
 from toto.media.transforms import apply_crop, crop_box, resize, square
+from toto.runtime.errors import ConfigError, MediaError
+from toto.runtime.progress import say
 from toto.runtime.seed import stream
-from toto.tokens.vqvae import to_pixels
+from toto.tokens.neural import to_pixels
 
 SAMPLE = "sample:"
+MEMORY = 2 * 10**9  # bytes of frames in memory after which images are read when they are drawn
+VIDEO_ROOM = 8  # as many times that for videos, which always stay in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +73,52 @@ def files_of(source: Source) -> list[Path]:
     return [item.path for item in list_source(folder).items]
 
 
-def load(source: Source) -> list[UInt8[Tensor, "T H W 3"]]:
-    """Frames of a source, a tensor a file."""
-    return [read_media(path, stride=source.stride).frames for path in files_of(source)]
+Loaded = UInt8[Tensor, "T H W 3"] | Path  # the frames of a file, or an image that is read when it is drawn
+
+
+def load(source: Source, *, room: int = MEMORY) -> list[Loaded]:
+    """Frames of a source, a tensor a file; once they fill `room` bytes, images are left on disk.
+
+    Files that can't be read are left out and counted aloud.
+
+    Raises:
+        ConfigError: there is nothing to read, or nothing can be read, or the videos don't fit into memory.
+    """
+    found: list[Loaded] = []
+    failed: list[MediaError] = []
+    used, files = 0, files_of(source)
+    for path in files:
+        if used > room and media_kind(path) == "image":
+            found.append(path)
+            continue
+        try:
+            frames = read_media(path, stride=source.stride).frames
+        except MediaError as error:
+            failed.append(error)
+            continue
+        used += frames.numel()
+        if used > VIDEO_ROOM * room:
+            raise ConfigError(
+                f"its frames need more than {VIDEO_ROOM * room / 1e9:.0f} GB of memory",
+                where=source.where,
+                fix="raise the source's stride, or store the frames as images",
+            )
+        found.append(frames)
+    if failed:
+        say(f"{source.name}: {len(failed)} of {len(files)} files can't be read; the first: {failed[0]}")
+    if not found:
+        raise ConfigError(f"nothing could be read (the first: {failed[0].what})", where=source.where)
+    return found
+
+
+def frames_of(loaded: Loaded) -> UInt8[Tensor, "T H W 3"]:
+    """The frames, read now where they lie on disk."""
+    return read_media(loaded).frames if isinstance(loaded, Path) else loaded
 
 
 def load_squares(source: Source, size: int) -> UInt8[Tensor, "T size size 3"]:
     """Held-out frames: shorter side to `size`, then the square in the centre."""
-    return torch.cat([square(frames, size) for frames in load(source)])
+    return torch.cat([square(frames_of(loaded), size) for loaded in load(source)])
 
 
 @final
@@ -86,7 +128,9 @@ class Crops:
     def __init__(self, sources: tuple[Source, ...], seed: int):
         self.seed = seed
         self.clips = [load(source) for source in sources]
-        self.ends = [list(accumulate(len(frames) for frames in clips)) for clips in self.clips]
+        self.ends = [
+            list(accumulate(1 if isinstance(loaded, Path) else len(loaded) for loaded in clips)) for clips in self.clips
+        ]
         total = sum(source.share for source in sources)
         self.shares = [source.share / total for source in sources]
 
@@ -105,7 +149,7 @@ class Crops:
         source = int(rng.choice(len(self.clips), p=self.shares))
         number = int(rng.integers(self.ends[source][-1]))
         clip = bisect_right(self.ends[source], number)
-        frames = self.clips[source][clip]
+        frames = frames_of(self.clips[source][clip])
         frame = frames[number - self.ends[source][clip]].unsqueeze(0)
         shorter = min(frame.shape[1:3])
         least = min(shorter, max(config.size, round(config.zoom * shorter)))

@@ -23,22 +23,22 @@ def flat(look: Mapping[str, ReconstructionReport]) -> dict[str, float]:
         f"heldout/{name}/{key}": float(value)
         for name, report in look.items()
         for key, value in dataclasses.asdict(report).items()
+        if value is not None
     }
 
 
 def rounded(report: ReconstructionReport) -> dict[str, float]:
     """Figures with as many digits as `tokenizer.json` shows."""
-    return {key: round(value, 4) for key, value in dataclasses.asdict(report).items()}
+    return {key: round(value, 4) for key, value in dataclasses.asdict(report).items() if value is not None}
 
 
-def warn_of_collapse(look: Mapping[str, ReconstructionReport], vocab_size: int, below: float, step: int) -> None:
+def warn_of_collapse(
+    look: Mapping[str, ReconstructionReport], vocab_size: int, below: float, step: int, remedy: str
+) -> None:
     """Say so where less than a share `below` of the vocabulary is in use, with a remedy.
 
     The kind of frames that uses most of it counts, and only where there are as many tokens as codes.
     """
     name, best = max(look.items(), key=lambda item: item[1].share_used)
     if best.share_used < below and best.tokens >= vocab_size:
-        say(
-            f"warning: step {step}: only {best.codes_used:,} of {vocab_size:,} codes occur in {name}; "
-            "raise codebook.dead_below, or lower learning_rate or model.vocab_size"
-        )
+        say(f"warning: step {step}: only {best.codes_used:,} of {vocab_size:,} codes occur in {name}; {remedy}")
