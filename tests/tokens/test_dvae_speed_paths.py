@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from toto.runtime.errors import ConfigError
 from toto.tokens import convolution
 from toto.tokens.convolution import LargestLogit, Packed, Winograd, available
 from toto.tokens.dvae import DVAE, DVAEConfig, DVAETokenizer, squeezed
@@ -176,3 +177,9 @@ def test_numbers_that_are_not_finite_and_cpus_without_bfloat16_get_all_logits(mo
     assert largest(x).max() < 512
     monkeypatch.setattr(convolution, "available", lambda dtype: False)
     assert LargestLogit(weight, bias)(x)[1].equal(wanted[1])
+
+
+def test_a_tokenizer_in_bfloat16_is_not_saved(tmp_path):
+    with pytest.raises(ConfigError, match="rounded for bf16"):
+        tokenizer_of(model_of(), "bf16").save(tmp_path / "it")
+    assert not (tmp_path / "it").exists()

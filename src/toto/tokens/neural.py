@@ -22,7 +22,7 @@ from jaxtyping import Float, Int64, UInt8
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from toto.runtime.errors import CheckpointError, MediaError, TotoError
+from toto.runtime.errors import CheckpointError, ConfigError, MediaError, TotoError
 from toto.runtime.files import sha256_of, write_json, written_aside
 from toto.tokens.grid import describe
 from toto.tokens.passport import Passport
@@ -167,7 +167,13 @@ class NeuralTokenizer(Tokenizer):
         return cls(copy, passport, trained, device or torch.device("cpu"))
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `model.safetensors` into a folder, the weights first."""
+        """Write `tokenizer.json` and `model.safetensors` into a folder, the weights first.
+
+        Raises:
+            ConfigError: it computes in bfloat16, for which its weights may have been rounded.
+        """
+        if self.precision != "fp32":
+            raise ConfigError("its weights are rounded for bf16", where=folder, fix="save it as loaded in fp32")
         with written_aside(folder / WEIGHTS_FILE) as aside:
             aside.write_bytes(self._stored(self._model))
         plain = {
