@@ -11,7 +11,9 @@ from toto.runtime.errors import ConfigError, InterruptedRunError, TotoError
 
 VERBS = {
     "demo": "everything below on the embedded sample, offline, in minutes",
+    "doctor": "what is wrong with this data, and what tokenizing it will take",
     "tokenize": "images and videos -> shards of tokens",
+    "shards": "look into stores of tokens, check, merge, split or export them",
     "train": "pre-train a model on shards, or continue",
     "evaluate": "probe, bits or patches: what a checkpoint knows, as numbers",
     "generate": "continue a video, or dream one",
@@ -55,8 +57,8 @@ def _dispatch(words: list[str]) -> int:
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         raise ConfigError("no such verb", where=verb, fix=f"verbs: {', '.join(VERBS)}")
-    importlib.import_module(f"toto.commands.{verb}").run(rest)
-    return 0
+    found = importlib.import_module(f"toto.commands.{verb}").run(rest)
+    return FAILED if found else 0
 
 
 def _usage() -> str:

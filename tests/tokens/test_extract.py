@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import make_photo, make_video
 from PIL import Image
 
+from toto.__main__ import main
 from toto.media.decode import read_media
 from toto.media.transforms import square
 from toto.runtime.errors import ConfigError, InterruptedRunError, MediaError, TotoError
@@ -130,7 +136,7 @@ def test_nothing_usable_is_an_error_that_names_the_first_reason(tmp_path, tokeni
         TokenStore(tmp_path / "out")
 
 
-@pytest.mark.parametrize("options", [{"size": 30}, {"stride": 0}, {"views": 0}, {"workers": -1}])
+@pytest.mark.parametrize("options", [{"size": 30}, {"stride": 0}, {"views": 0}, {"workers": -1}, {"time_limit": 0}])
 def test_bad_options_are_refused(media_folder, tmp_path, tokenizer_folder, options):
     with pytest.raises(TotoError):
         tokenize(config(media_folder, tmp_path / "out", tokenizer_folder, **options))
@@ -203,3 +209,158 @@ def test_more_codes_than_two_bytes_hold(tmp_path, media_folder):
     FSQTokenizer.from_model(model, trained={}).save(tmp_path / "many")
     with pytest.raises(ConfigError, match="has 68,921 codes, a store holds at most 65,536"):
         tokenize(TokenizeConfig(source=media_folder, out=tmp_path / "out", tokenizer=str(tmp_path / "many")))
+
+
+def test_windows_of_a_video_are_tokenized_in_one_pass(tmp_path, tokenizer, tokenizer_folder, monkeypatch):
+    make_video(tmp_path / "long.mp4", frames=120)
+    rows = [{"path": "long.mp4", "start": start, "end": start + 4, "label": f"c{start % 2}"} for start in (5, 0, 3)]
+    rows += [{"path": "long.mp4", "start": 99}, {"path": "gone.mp4", "label": "c2"}]
+    source = tmp_path / "windows.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    passes, stream_unit = [], extract.stream_unit
+    monkeypatch.setattr(extract, "stream_unit", lambda *a, **k: passes.append(a) or stream_unit(*a, **k))
+    store = tokenize(config(source, tmp_path / "out", tokenizer_folder, keep_pixels=True))
+    assert len(passes) == 1
+    assert store.table.column("id").to_pylist() == ["long.mp4@0-4", "long.mp4@3-7", "long.mp4@5-9"]
+    assert store.manifest["classes"] == ["c0", "c1", "c2"]
+    assert store.manifest["job"]["form"] == "jsonl"
+    frames = read_media(tmp_path / "long.mp4").frames
+    for number, start in enumerate((0, 36, 60)):
+        squares = square(frames[start : start + 48 : 4], 32)
+        assert store.codes(number).equal(tokenizer.encode(squares))
+        assert store.pixels(number).equal(squares)
+    assert {row.id: row.status for row in read_ledger(store.folder) if row.status != "ok"} == {
+        "long.mp4@99-": "short",
+        "gone.mp4": "corrupt",
+    }
+    views = tokenize(config(source, tmp_path / "views", tokenizer_folder, views=2))
+    assert len(views) == 6
+    assert views.codes(0).equal(store.codes(0))
+    tokenize(config(source, tmp_path / "pool", tokenizer_folder, views=2, workers=1))
+    assert contents(tmp_path / "pool") == contents(tmp_path / "views")
+
+
+def containers(folder):
+    """A tar of photographs and videos, and a parquet file of photographs, with what they hold."""
+    make_video(folder / "v.mp4")
+    members = {f"{n}.jpg": make_photo(folder / f"{n}.jpg", number=n).read_bytes() for n in range(4)}
+    members |= {"4.mp4": (folder / "v.mp4").read_bytes(), "5.jpg": b"damaged"}
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        for name, content in members.items():
+            for part, data in ((name, content), (f"{name[0]}.cls", str(20 - int(name[0])).encode())):
+                info = tarfile.TarInfo(part)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    rows = {"image": [{"bytes": members[f"{n}.jpg"], "path": None} for n in (0, 1, 2, 3, 5)], "label": [0, 1, 1, 0, 0]}
+    names = {"info": {"features": {"label": {"names": ["zebra", "ant"], "_type": "ClassLabel"}}}}
+    table = pa.table(rows | {"split": ["a", "a", "b", "b", "b"]}).replace_schema_metadata(
+        {"huggingface": json.dumps(names)}
+    )
+    pq.write_table(table, folder / "t.parquet", row_group_size=2)
+    return members
+
+
+@pytest.mark.parametrize("name", ["s.tar", "t.parquet"])
+def test_containers_give_the_same_bytes_at_any_number_of_workers(
+    tmp_path, tokenizer, tokenizer_folder, name, monkeypatch, capsys
+):
+    containers(tmp_path)
+    monkeypatch.setattr(extract, "IMAGES_IN_SHARD", 2)
+    alone = tokenize(config(tmp_path / name, tmp_path / "alone", tokenizer_folder))
+    tokenize(config(tmp_path / name, tmp_path / "pool", tokenizer_folder, workers=2))
+    assert contents(tmp_path / "alone") == contents(tmp_path / "pool")
+    assert len(alone.manifest["shards"]) > 1
+    photo = tokenizer.encode(square(read_media(tmp_path / "0.jpg").frames, 32))
+    assert alone.codes(0).equal(photo)
+    counts = {"ok": 5, "corrupt": 1} if name == "s.tar" else {"ok": 4, "corrupt": 1}
+    assert alone.manifest["ledger"] == counts
+    if name == "s.tar":
+        assert alone.manifest["classes"] == ["15", "16", "17", "18", "19", "20"]
+        assert alone.codes(4).equal(tokenizer.encode(square(read_media(tmp_path / "v.mp4", stride=4).frames, 32)))
+        return
+    assert alone.manifest["classes"] == ["zebra", "ant"]
+    assert alone.table.column("label").to_pylist() == ["zebra", "ant", "ant", "zebra"]
+    splits = pq.read_table(alone.folder / "splits.parquet").to_pylist()
+    assert [row["split"] for row in splits] == ["a", "a", "b", "b"]
+    again = ["tokenize", tmp_path / name, "--out", alone.folder, "--tokenizer", tokenizer_folder, "--size", 32]
+    assert main([str(word) for word in [*again, "--min-frames", 4]]) == 0
+    assert "2 classes, in their order: zebra, ant\nsplits: a 2, b 2\n" in capsys.readouterr().out
+    part = tokenize(config(tmp_path / name, tmp_path / "part", tokenizer_folder, split="a"))
+    assert len(part) == 2
+    with pytest.raises(ConfigError, match=r"another job .different: .*split"):
+        tokenize(config(tmp_path / name, tmp_path / "part", tokenizer_folder, split="b"))
+
+
+def test_a_stopped_run_over_a_container_continues_to_the_same_bytes(tmp_path, tokenizer_folder, monkeypatch):
+    containers(tmp_path)
+    monkeypatch.setattr(extract, "IMAGES_IN_SHARD", 1)
+    whole = tokenize(config(tmp_path / "s.tar", tmp_path / "whole", tokenizer_folder))
+    write, parts = extract._write_part, []
+
+    def write_then_die(*arguments):
+        parts.append(write(*arguments))
+        if len(parts) == 3:
+            raise KeyboardInterrupt
+        return parts[-1]
+
+    monkeypatch.setattr(extract, "_write_part", write_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(config(tmp_path / "s.tar", tmp_path / "out", tokenizer_folder, workers=1))
+    monkeypatch.setattr(extract, "_write_part", write)
+    tokenize(config(tmp_path / "s.tar", tmp_path / "out", tokenizer_folder))
+    assert contents(tmp_path / "out") == contents(whole.folder)
+
+
+START = extract._start_worker
+
+
+def start_with_a_bad_decoder(job):
+    """A worker whose decoder dies on some files, as the C code below it can."""
+    START(job)
+    decode = extract.stream_item
+
+    def read(item, **options):
+        if "segfault" in item.id:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if "hang" in item.id:
+            time.sleep(3600)
+        if "memory" in item.id:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "mistake" in item.id:
+            raise RuntimeError("a mistake")
+        return decode(item, **options)
+
+    extract.stream_item = read
+
+
+def start_and_die(_job):
+    os._exit(3)
+
+
+def test_a_decoder_that_dies_or_hangs_costs_its_item_alone(tmp_path, tokenizer_folder, monkeypatch):
+    source = tmp_path / "source"
+    for number, name in enumerate(("a", "b-segfault", "d", "e-hang", "f")):
+        make_photo(source / f"{name}.jpg", number=number)
+    monkeypatch.setattr(extract, "_start_worker", start_with_a_bad_decoder)
+    store = tokenize(config(source, tmp_path / "two", tokenizer_folder, workers=2, time_limit=1.0))
+    found = {row.id: (row.status, row.reason) for row in read_ledger(store.folder) if row.status != "ok"}
+    assert found == {
+        "b-segfault.jpg": ("corrupt", "the decoder crashed (SIGSEGV)"),
+        "e-hang.jpg": ("corrupt", "took longer than 1 s"),
+    }
+    assert store.table.column("id").to_pylist() == ["a.jpg", "d.jpg", "f.jpg"]
+    tokenize(config(source, tmp_path / "one", tokenizer_folder, workers=1, time_limit=1.0))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_workers_that_others_kill_and_mistakes_end_the_run(tmp_path, tokenizer_folder, monkeypatch):
+    make_photo(tmp_path / "memory" / "memory.jpg")
+    make_photo(tmp_path / "mistake" / "mistake.jpg")
+    monkeypatch.setattr(extract, "_start_worker", start_with_a_bad_decoder)
+    with pytest.raises(TotoError, match=r"killed .SIGKILL., as happens when memory is short.*fewer --workers"):
+        tokenize(config(tmp_path / "memory", tmp_path / "out", tokenizer_folder, workers=1))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        tokenize(config(tmp_path / "mistake", tmp_path / "out2", tokenizer_folder, workers=1))
+    monkeypatch.setattr(extract, "_start_worker", start_and_die)
+    with pytest.raises(TotoError, match=r"crashed .exit code 3. as it started"):
+        tokenize(config(tmp_path / "memory", tmp_path / "out3", tokenizer_folder, workers=1))

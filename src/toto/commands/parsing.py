@@ -10,7 +10,7 @@ from typing import TypeVar
 import tyro
 
 from toto.runtime.errors import ConfigError
-from toto.training.mixture import SourceConfig
+from toto.training.mixture import MixtureChange, SourceConfig
 
 Options = TypeVar("Options")
 
@@ -60,6 +60,25 @@ def parse_source(text: str) -> SourceConfig:
     except ValueError:
         raise ConfigError(f"weight {weight!r} is not a number", where=text, fix="write FOLDER=0.2") from None
     return SourceConfig(path=Path(folder), weight=share, modality="image" if modality == "image" else "video")
+
+
+def parse_change(
+    words: tuple[str, ...], sources: tuple[SourceConfig, ...], *, before: MixtureChange | None
+) -> MixtureChange:
+    """Read `STEP FOLDER=WEIGHT ...`; sources that aren't named keep the weights they had before."""
+    where, example = f"--data-at {' '.join(words)}", "write --data-at 1000 FOLDER=0.2 OTHER=0.8"
+    if len(words) < 2 or not words[0].isdecimal():
+        raise ConfigError("needs a step and weights", where=where, fix=example)
+    weights = list(before.weights) if before else [source.weight for source in sources]
+    for text in words[1:]:
+        if "=" not in text:
+            raise ConfigError(f"{text} has no weight", where=where, fix=example)
+        change = parse_source(text)
+        same = [n for n, old in enumerate(sources) if (old.path, old.modality) == (change.path, change.modality)]
+        if not same:
+            raise ConfigError(f"{text} is no source of --data", where=where, fix="add it to --data with =0")
+        weights[same[0]] = change.weight
+    return MixtureChange(step=int(words[0]), weights=tuple(weights))
 
 
 def _condensed(box: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from toto.commands.parsing import parse
 from toto.media.ledger import summary
-from toto.tokens.extract import TokenizeConfig, tokenize
-from toto.tokens.shards import LEDGER, read_ledger
+from toto.tokens.extract import TokenizeConfig, count_splits, tokenize
+from toto.tokens.shards import LEDGER, TokenStore, read_ledger
 
 REASONS_SHOWN = 10
+CLASSES_SHOWN = 8
 
 
 def run(words: list[str]) -> None:
@@ -16,6 +17,7 @@ def run(words: list[str]) -> None:
     store = tokenize(config)
     tokens = store.frame_count * store.grid[0] * store.grid[1]
     print(f"{config.out}: {len(store)} items, {store.frame_count:,} frames, {tokens:,} tokens on grids of {store.grid}")
+    _print_classes(store)
     print(f"ledger: {summary(store.manifest['ledger'])}")
     unused = [row for row in read_ledger(store.folder) if row.status not in ("ok", "skipped")]
     for row in unused[:REASONS_SHOWN]:
@@ -24,3 +26,14 @@ def run(words: list[str]) -> None:
         print(f"  (--min-frames below {config.min_frames} or a smaller --stride keeps shorter videos)")
     if len(unused) > REASONS_SHOWN:
         print(f"  and {len(unused) - REASONS_SHOWN} more in {config.out / LEDGER}")
+
+
+def _print_classes(store: TokenStore) -> None:
+    """The classes in their order, and the splits, where there are any."""
+    classes = store.manifest["classes"]
+    if classes:
+        more = f", and {len(classes) - CLASSES_SHOWN} more" if len(classes) > CLASSES_SHOWN else ""
+        print(f"{len(classes)} classes, in their order: {', '.join(classes[:CLASSES_SHOWN])}{more}")
+    splits = count_splits(store.folder)
+    if splits:
+        print("splits: " + ", ".join(f"{name} {count:,}" for name, count in splits.items()))

@@ -9,12 +9,13 @@ from typing import Annotated
 
 import tyro
 
-from toto.commands.parsing import parse, parse_source, take_word
+from toto.commands.parsing import parse, parse_change, parse_source, take_word
 from toto.evaluation.likelihood import heldout_evaluation
 from toto.recipes import PRETRAINING
 from toto.runtime.metrics import read_metrics
 from toto.training.config import TrainConfig
 from toto.training.loop import train
+from toto.training.mixture import MixtureChange
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +25,15 @@ class Options:
     Attributes:
         out: the run's folder.
         data: what is trained on, [image:|video:]FOLDER[=WEIGHT]; several make a mixture.
+        data_at: STEP and new weights from this step on, [image:|video:]FOLDER=WEIGHT; a source that isn't named keeps
+            its weight. Give it again for a further step. A source that joins later has weight 0 in --data.
         heldout: what is evaluated on, in the same form.
         resume: continue the run in OUT from its newest checkpoint, exactly.
     """
 
     out: Path
     data: tuple[str, ...]
+    data_at: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     heldout: tuple[str, ...] = ()
     resume: bool = False
 
@@ -53,9 +57,14 @@ def run(words: list[str]) -> None:
     name, rest = take_word(words, verb="train", what="RECIPE", known=list(PRETRAINING))
     options = parse(options_with(PRETRAINING[name]()), rest, verb=f"train {name}")
     recipe: TrainConfig = vars(options)["recipe"]
+    sources = tuple(parse_source(text) for text in options.data)
+    schedule: list[MixtureChange] = []
+    for change in options.data_at:
+        schedule.append(parse_change(change, sources, before=schedule[-1] if schedule else None))
     data = dataclasses.replace(
         recipe.data,
-        sources=tuple(parse_source(text) for text in options.data),
+        sources=sources,
+        schedule=tuple(schedule),
         heldout=tuple(parse_source(text) for text in options.heldout),
     )
     config = dataclasses.replace(recipe, data=data)

@@ -1,8 +1,14 @@
-"""Lists what there is to read, without opening it: one item per file, with a stable id."""
+"""Lists what there is to read, without opening it: one item per input, with a stable id.
+
+An item is a file, or a part of one: some seconds of a video, bytes inside a tar, a row of a parquet file. Folders are
+listed here; manifests and containers in `toto.media.catalogs`.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,28 +19,128 @@ from toto.runtime.files import sha256_of
 
 
 @dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """The frames of a video that are shown at `start <= t < end`; `end` None reaches to the last one."""
+
+    start: float
+    end: float | None = None
+
+    def __post_init__(self) -> None:
+        end = math.inf if self.end is None else self.end
+        if not 0 <= self.start < end or not math.isfinite(self.start):
+            raise ConfigError(f"a window from {self.start:g} s to {end:g} s holds nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """`size` bytes of a file from `offset`, as a member of a tar lies in it."""
+
+    offset: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.offset < 0 or self.size < 0:
+            raise ConfigError(f"{self.size} bytes from {self.offset} are no part of a file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The bytes in one row of a parquet file.
+
+    Attributes:
+        number: of the row, from 0.
+        column: that holds the bytes, or a struct with a field `bytes`.
+        size: about how many bytes: those of the file by its rows.
+    """
+
+    number: int
+    column: str
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.number < 0 or self.size < 0:
+            raise ConfigError(f"row {self.number} of {self.size} bytes is no row of a file")
+
+
+Part = Seconds | Bytes | Row
+
+
+@dataclass(frozen=True, kw_only=True)
 class Item:
     """One input.
 
     Attributes:
-        id: path below the catalog's root with forward slashes.
-        path: where the file is.
+        id: names it in every output; never moves while the source stays the same. In a folder: its path below the
+            folder, with forward slashes.
+        path: the file that it is, or that it lies in.
         kind: image or video, by its ending.
-        label: name of the folder directly below the root, as in a folder tree of classes; None at the root itself.
+        label: name of its class; in a folder, the first folder below the root. None where there is none.
+        part: which part of the file; None is the whole file.
+        split: train, val, ... where the source says.
     """
 
     id: str
     path: Path
     kind: Kind
     label: str | None
+    part: Part | None = None
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            raise ConfigError("an item without an id", where=self.path)
+        if isinstance(self.part, Seconds) and self.kind == "image":
+            raise ConfigError("an image has no seconds to cut", where=self.id)
+
+    @property
+    def size(self) -> int:
+        """Its bytes (of a window: those of its file); 0 where it is missing."""
+        if isinstance(self.part, Bytes | Row):
+            return self.part.size
+        return self.path.stat().st_size if self.path.is_file() else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Catalog:
-    """The items of a source in the order of their ids, and the ledger rows of files that are not media."""
+    """The items of a source, and ledger rows of what it names that can't be read.
+
+    Attributes:
+        items: in a fixed order, that of their ids where nothing else is said; windows of one file follow each other.
+        skipped: files that are not media, clips that a manifest names and nobody finds, entries named twice.
+        form: how the source is laid out: imagefolder, kinetics, ...
+        classes: names in the order that the source gives its classes, of all splits; None in a folder, whose classes
+            are those of the items that were kept, in alphabetical order.
+    """
 
     items: tuple[Item, ...]
     skipped: tuple[LedgerRow, ...]
+    form: str = "imagefolder"
+    classes: tuple[str, ...] | None = None
+
+
+def class_order(labels: Iterable[str | None]) -> tuple[str, ...]:
+    """Each label once: by number where all are whole numbers, else by alphabet.
+
+    >>> class_order(["10", "9", None, "9"])
+    ('9', '10')
+    """
+    names = {label for label in labels if label is not None}
+    if all(name.isdecimal() for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
+
+
+def units(items: Iterable[Item]) -> list[tuple[Item, ...]]:
+    """What is read in one pass: an item by itself, or the windows of one file that follow each other."""
+    found: list[list[Item]] = []
+    for item in items:
+        last = found[-1][-1] if found else None
+        windows = last is not None and isinstance(last.part, Seconds) and isinstance(item.part, Seconds)
+        if windows and last is not None and last.path == item.path:
+            found[-1].append(item)
+        else:
+            found.append([item])
+    return [tuple(unit) for unit in found]
 
 
 def list_source(source: Path) -> Catalog:
@@ -45,11 +151,11 @@ def list_source(source: Path) -> Catalog:
     """
     if not source.exists():
         raise ConfigError("no such file or folder", where=source, fix="check the path")
-    files = [source] if source.is_file() else list(_walk(source))
+    files = [source] if source.is_file() else list(files_below(source))
     items, skipped = [], []
     for file in files:
         relative = file.relative_to(source) if file != source else Path(file.name)
-        name = os.fsencode(relative.as_posix()).decode("utf-8", "backslashreplace")
+        name = readable_name(relative)
         kind = media_kind(file)
         if kind is None:
             reason = f"neither an image nor a video by its ending ({file.suffix or 'none'})"
@@ -64,13 +170,13 @@ def list_source(source: Path) -> Catalog:
 
 
 def find_duplicates(items: tuple[Item, ...]) -> dict[str, str]:
-    """Items whose bytes are those of an item before them: id -> id of the first.
+    """Items whose file is, byte for byte, that of an item before them: id -> id of the first.
 
-    Only files of equal size are hashed, so a folder without duplicates is hardly read.
+    Only files of equal size are hashed, so a folder without duplicates is hardly read. Parts of files are left out.
     """
     by_size: dict[int, list[Item]] = {}
     for item in items:
-        if item.path.is_file():  # a dangling link is left to the decoder, which names it
+        if item.part is None and item.path.is_file():  # a dangling link is left to the decoder, which names it
             by_size.setdefault(item.path.stat().st_size, []).append(item)
     duplicates = {}
     for alike in by_size.values():
@@ -82,14 +188,19 @@ def find_duplicates(items: tuple[Item, ...]) -> dict[str, str]:
     return duplicates
 
 
+def readable_name(path: Path) -> str:
+    """A path with forward slashes, bytes that are no UTF-8 written out."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
 def _unreadable(error: OSError) -> None:
     raise ConfigError(
         f"folder can't be listed ({error.strerror})", where=error.filename, fix="check its permissions"
     ) from None
 
 
-def _walk(root: Path) -> list[Path]:
-    files: list[Path] = []
+def files_below(root: Path) -> Iterator[Path]:
+    """All files below a folder: links followed, hidden names left out, folder by folder in alphabetical order."""
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_unreadable):
         real = os.path.realpath(folder)
@@ -98,5 +209,5 @@ def _walk(root: Path) -> list[Path]:
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files += [Path(folder) / name for name in sorted(names) if not name.startswith(".")]
-    return [file for file in files if file.is_file() or file.is_symlink()]
+        files = (Path(folder) / name for name in sorted(names) if not name.startswith("."))
+        yield from (file for file in files if file.is_file() or file.is_symlink())

@@ -8,12 +8,16 @@ What is handled on purpose:
 * Alpha is laid over white; grey becomes RGB; 16-bit images are scaled to 8 bits, not clipped.
 * A frame whose size changes in mid-stream is scaled to the size of the first.
 * A file that ends before the length it declares, or whose frames the decoder marks as damaged, is corrupt as a whole.
+  Of a file that is read in windows, those are corrupt that the damage touches.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +36,7 @@ from toto.media.sampling import require_frames
 from toto.runtime.errors import MediaError, ShortMediaError
 
 Kind = Literal["image", "video"]
+OpenFile = io.BytesIO | io.BufferedReader
 
 IMAGE_ENDINGS = frozenset(
     [
@@ -93,7 +98,7 @@ def media_kind(path: Path) -> Kind | None:
     """
     ending = path.suffix.lower()
     if ending == ".gif":
-        return "video" if _is_animated(path) else "image"
+        return "video" if is_animated(path) else "image"
     if ending in IMAGE_ENDINGS:
         return "image"
     return "video" if ending in VIDEO_ENDINGS else None
@@ -140,8 +145,8 @@ def read_clip(path: Path, *, frames: int, stride: int, offset: int = 0, source: 
     return clip
 
 
-def read_image(path: Path, *, source: str | None = None) -> Clip:
-    """Read an image file; see `read_media` for the errors."""
+def read_image(path: Path | OpenFile, *, source: str | None = None) -> Clip:
+    """Read an image file, or one in memory; see `read_media` for the errors."""
     name = source or str(path)
     try:
         with warnings.catch_warnings():
@@ -165,24 +170,145 @@ def read_image(path: Path, *, source: str | None = None) -> Clip:
 
 
 def stream_video(
-    path: Path, *, stride: int = 1, offset: int = 0, limit: int | None = None, source: str | None = None
+    path: Path | OpenFile, *, stride: int = 1, offset: int = 0, limit: int | None = None, source: str | None = None
 ) -> Iterator[Clip]:
-    """Frames `offset, offset + stride, ...` of a video in consecutive clips of bounded size.
+    """Frames `offset, offset + stride, ...` of a video (a file, or an open one) in consecutive clips of bounded size.
 
     Memory stays flat however long the video is: at most 32 frames or 32 megapixels are held at once.
     See `read_media` for the errors; damage at the end of a file is raised after the clips before it.
     """
     name = source or str(path)
+    with _opened(path, name) as container:
+        yield from _stream(container, stride, offset, limit, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The frames shown at `start <= t < end` (None: to the last), and of these every stride-th from `offset`."""
+
+    start: float
+    end: float | None
+    offset: int = 0
+
+
+def stream_windows(
+    path: Path | OpenFile, windows: Sequence[Window], *, stride: int = 1, source: str | None = None
+) -> Iterator[tuple[int, Clip | MediaError]]:
+    """Several windows of one video in one pass over it, whether they overlap or not; frames are decoded once.
+
+    Args:
+        path: the file, or an open one.
+        windows: what to read.
+        stride: every `stride`-th frame of a window is kept, counted from its own first frame.
+        source: the clips' source id.
+
+    Yields:
+        The number of a window, with a clip of its next frames, of bounded size; or with what is wrong with it, after
+        which nothing more of it comes. What happens after a window's end is nothing to it.
+    """
+    name = source or str(path)
+    readers = [_WindowReader(window, stride) for window in windows]
     try:
-        with av.open(str(path.absolute()), metadata_errors="replace") as container:
-            yield from _stream(container, stride, offset, limit, name)
+        with _opened(path, name) as container:
+            yield from _stream_windows(container, readers, name)
+    except MediaError as error:
+        for number, reader in enumerate(readers):
+            if not reader.finished:
+                yield number, error
+
+
+class _WindowReader:
+    """How far one window has been read."""
+
+    def __init__(self, window: Window, stride: int):
+        self.window, self.stride = window, stride
+        self.count = self.taken = self.damaged = 0
+        self.finished = False
+        self.held: list[tuple[int, float, Tensor]] = []
+
+    def wants(self, when: float, damaged: bool) -> bool:
+        """Count a frame that lies in the window; whether it is to be kept."""
+        if self.finished or when < self.window.start:
+            return False
+        place = self.count - self.window.offset
+        self.count += 1
+        self.damaged += damaged
+        wanted = place >= 0 and place % self.stride == 0
+        self.taken += wanted
+        return wanted
+
+    def finish(self, name: str, rate: float, length: float) -> Iterator[Clip | MediaError]:
+        """The last frames, or what is wrong."""
+        self.finished = True
+        if self.damaged:
+            yield MediaError(
+                f"{self.damaged} of {self.count} frames are damaged", where=name, fix="restore or remove it"
+            )
+        elif not self.taken:
+            reason = f"no frame at {self.window.start:g} s, the video has {length:.1f} s"
+            yield ShortMediaError(reason, where=name, fix="check the window")
+        elif self.held:
+            yield _clip(self.held, name, rate)
+        self.held = []
+
+
+def _stream_windows(
+    container: InputContainer, readers: list[_WindowReader], name: str
+) -> Iterator[tuple[int, Clip | MediaError]]:
+    stream, chunk, rate = _video_of(container, name)
+    count, end = 0, 0.0
+    for frame in container.decode(stream):
+        when = _seconds(frame, stream, count, rate)
+        for number, reader in enumerate(readers):
+            if not reader.finished and reader.window.end is not None and when >= reader.window.end:
+                for last in reader.finish(name, rate, end):
+                    yield number, last
+            if reader.wants(when, frame.is_corrupt):
+                reader.held.append((count, when, _pixels(frame, reader.held)))
+                if len(reader.held) == chunk:
+                    yield number, _clip(reader.held, name, rate)
+                    reader.held = []
+        end = when + (1 / rate if rate else 0.0)
+        count += 1
+        if all(reader.finished for reader in readers):
+            return
+    if count == 0:
+        raise MediaError("holds no frame", where=name, fix="remove it from the folder")
+    _require_whole(container, stream, end, count, rate, name)
+    for number, reader in enumerate(readers):
+        if not reader.finished:
+            for last in reader.finish(name, rate, end):
+                yield number, last
+
+
+def codec_of(path: Path | OpenFile, kind: Kind, *, source: str | None = None) -> str:
+    """The codec of a video ("h264"), the format of an image ("jpeg"); "unknown" where nobody can tell."""
+    name = source or str(path)
+    try:
+        if kind == "image":
+            with Image.open(path) as image:
+                return (image.format or "unknown").lower()
+        with _opened(path, name) as container:
+            return _video_of(container, name)[0].codec_context.name
+    except (MediaError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        return "unknown"
+
+
+@contextlib.contextmanager
+def _opened(path: Path | OpenFile, name: str) -> Iterator[InputContainer]:
+    """An open video; what FFmpeg says while it is read becomes one line."""
+    try:
+        place = str(path.absolute()) if isinstance(path, Path) else path
+        with av.open(place, "r", metadata_errors="replace") as container:
+            yield container
     except av.error.FFmpegError as error:
         raise MediaError(f"video can't be decoded ({error.strerror})", where=name, fix="restore or remove it") from None
     except (ValueError, MemoryError) as error:
         raise MediaError(f"video can't be decoded ({error})", where=name, fix="restore or remove it") from None
 
 
-def _stream(container: InputContainer, stride: int, offset: int, limit: int | None, name: str) -> Iterator[Clip]:
+def _video_of(container: InputContainer, name: str) -> tuple[VideoStream, int, float]:
+    """The video stream, how many of its frames are held at once, and its frames a second."""
     if not container.streams.video:
         raise MediaError("holds no video stream", where=name, fix="remove it from the folder")
     stream = container.streams.video[0]
@@ -191,7 +317,11 @@ def _stream(container: InputContainer, stride: int, offset: int, limit: int | No
     stream.thread_type = "SLICE"
     _require_size(stream.codec_context.height, stream.codec_context.width, where=name)
     chunk = max(1, min(CHUNK_FRAMES, PIXELS_AT_ONCE // (stream.codec_context.height * stream.codec_context.width)))
-    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    return stream, chunk, float(stream.average_rate or stream.guessed_rate or 0)
+
+
+def _stream(container: InputContainer, stride: int, offset: int, limit: int | None, name: str) -> Iterator[Clip]:
+    stream, chunk, rate = _video_of(container, name)
     held: list[tuple[int, float, Tensor]] = []
     count = taken = damaged = 0
     end = 0.0
@@ -298,7 +428,8 @@ def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
     return np.array(upright.convert("RGB"))
 
 
-def _is_animated(path: Path) -> bool:
+def is_animated(path: Path | OpenFile) -> bool:
+    """Whether an image file holds several frames."""
     try:
         with Image.open(path) as image:
             return bool(getattr(image, "is_animated", False))

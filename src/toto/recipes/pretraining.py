@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from toto.model.config import ModelConfig, size
+from toto.tokens.sequence import Modality
 from toto.training.config import DataConfig, TrainConfig
+from toto.training.mixture import SourceConfig
 from toto.training.optimizer import OptimizerConfig
 
 SEQUENCES_OF_THE_PAPER = 256  # 1 M tokens in a batch (section 3.2) = 256 sequences x 4,096 visual tokens
 STEPS_OF_THE_PAPER = 1_000_000  # the published loss curve ends at about 1.05 T tokens
 IMAGES_OF_IMAGENET, EPOCHS_OF_TABLE_3 = 1_281_167, 400
+# The paper's data: shares of a batch by dataset, with the modality each is read in.
+MIXTURE_OF_THE_PAPER: dict[str, tuple[Modality, float]] = {
+    "imagenet": ("image", 0.2),
+    "ego4d": ("video", 0.1),
+    "kinetics": ("video", 0.1),
+    "howto100m": ("video", 0.6),
+}
+
+
+def sources_of_the_paper(shards: Path) -> tuple[SourceConfig, ...]:
+    """The paper's mixture, from one folder that holds a store for each dataset under its name."""
+    return tuple(
+        SourceConfig(path=shards / name, weight=weight, modality=modality)
+        for name, (modality, weight) in MIXTURE_OF_THE_PAPER.items()
+    )
 
 
 def demo() -> TrainConfig:

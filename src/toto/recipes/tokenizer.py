@@ -68,7 +68,7 @@ def fsq() -> TokenizerTrainConfig:
     """An alternative to the embedded tokenizer without a codebook: 4,375 codes by finite scalar quantisation.
 
     Command: toto tokenizer train fsq --out runs/fsq
-    Cost: about 20 minutes on two cores.
+    Cost: that of `embedded`, about 35 minutes on two cores; not run to its end yet.
     """
     recipe = embedded()
     return replace(
@@ -84,6 +84,8 @@ def dvae_small() -> TokenizerTrainConfig:
     """DALL-E's dVAE on a laptop: a quarter of its widths, 1,024 codes, the embedded sample.
 
     Command: toto tokenizer train dvae-small --out runs/dvae-small
+    Cost: about 20 minutes of one thread, 1.6 GB of memory.
+    Expect: 20.6 dB and SSIM 0.56 on the held-out scenes at 128 px, with 125 of the codes.
     """
     return replace(
         embedded(),
@@ -112,6 +114,8 @@ def vqgan_small() -> TokenizerTrainConfig:
     """A VQGAN on a laptop: f8, 1,024 codes, no discriminator, the embedded sample.
 
     Command: toto tokenizer train vqgan-small --out runs/vqgan-small
+    Cost: about 16 minutes of one thread, 1.4 GB of memory.
+    Expect: 19.2 dB and SSIM 0.63 on the held-out scenes at 128 px, with nearly all codes.
     """
     return replace(
         embedded(),

@@ -1,8 +1,11 @@
-"""From a folder of images and videos to a store of shards: many processes, resumable at any moment.
+"""From images and videos to a store of shards: many processes, resumable at any moment.
 
 The catalog is cut into shards before anything is read, so the cut depends on the files alone. Items are encoded by
 worker processes of one thread each and collected in order; a shard is written aside and renamed, then its part of
 the tables is. Thus two runs give the same bytes, whatever the number of workers and however often one was killed.
+
+A decoder that crashes or hangs costs its worker and its item (the windows of one video are read together), never the
+run. Without workers it can't be kept apart: a crash ends the process, and the time limit is not watched.
 """
 
 from __future__ import annotations
@@ -12,30 +15,32 @@ import hashlib
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from multiprocessing import get_context
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from tyro.conf import Positional
 
-from toto.media.catalog import Catalog, Item, find_duplicates, list_source
-from toto.media.decode import read_image, stream_video
+from toto.media.catalog import Catalog, Item, find_duplicates, units
+from toto.media.catalogs import open_source
+from toto.media.clip import Clip
 from toto.media.ledger import LedgerRow, Status, count_by_status
-from toto.media.transforms import apply_crop, crop_box, resize, shortest_side_to
+from toto.media.reading import stream_item, stream_unit
+from toto.media.transforms import Box, apply_crop, crop_box, resize, shortest_side_to
 from toto.runtime.device import pick_device
 from toto.runtime.errors import ConfigError, InterruptedRunError, MediaError, ShortMediaError, TotoError
-from toto.runtime.files import read_json, remove_leftovers, write_json
-from toto.runtime.interrupt import StopRequest, leave_with_parent, stop_on_signal
+from toto.runtime.files import read_json, remove_leftovers, write_json, written_aside
+from toto.runtime.interrupt import StopRequest, stop_on_signal
 from toto.runtime.progress import Progress
 from toto.runtime.provenance import as_plain, write_provenance
 from toto.runtime.seed import stream
+from toto.runtime.workers import Lost, Workers
 from toto.tokens.passport import Passport
 from toto.tokens.shards import (
     LEDGER,
@@ -52,20 +57,26 @@ from toto.tokens.tokenizer import EMBEDDED, Arithmetic, Tokenizer, load_tokenize
 
 PLAN = "plan.json"
 MOST_CODES = 2**16  # two bytes a token
-PARTS = "parts"
+PARTS, SPLITS = "parts", "splits.parquet"
+SPLIT_SCHEMA = pa.schema([("id", pa.string()), ("split", pa.string())])
+Unit = tuple[Item, ...]  # what is read in one pass: an item, or the windows of one file
 IMAGES_IN_SHARD = 16_384
 BYTES_IN_SHARD = 64_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeConfig:
-    """Tokenize a folder of images and videos (or one file) into a store of shards.
+    """Tokenize images and videos into a store of shards.
 
     Run the same job again to continue one that was interrupted.
 
     Attributes:
-        source: a folder of images and videos, or one file; the first folder below it is the label.
+        source: a folder (the first folder below it is the label), a file, a manifest or a container, recognised by
+            its form, or KIND:PATH with KIND one of imagefolder, kinetics, ego4d, howto100m, webdataset, parquet, list
+            and jsonl.
         out: the store's folder.
+        clips: the folder that holds what a manifest names; by default the manifest's own.
+        split: use this split alone (train, val, ...).
         tokenizer: "embedded" or a tokenizer folder.
         size: R; the shortest side becomes R, then an R x R crop is taken.
         stride: every stride-th frame of a video is kept (the paper: 4).
@@ -76,6 +87,7 @@ class TokenizeConfig:
         keep_pixels: keep the frames beside their codes, for models that take or predict patches. At 128 pixels a frame
             takes 49,152 bytes, its codes 512.
         workers: processes; 0 encodes in this one. None uses every core.
+        time_limit: seconds that an item may take before it is given up as corrupt (needs workers).
         device: where the tokenizer runs: auto, cpu, cuda, ...
         precision: of the tokenizer's matrix products, fp32 or bf16. In bf16 it is faster, and a few codes in a hundred
             are other ones.
@@ -83,6 +95,8 @@ class TokenizeConfig:
 
     source: Positional[Path]
     out: Path
+    clips: Path | None = None
+    split: str | None = None
     tokenizer: str = EMBEDDED
     size: int = 128
     stride: int = 4
@@ -91,6 +105,7 @@ class TokenizeConfig:
     seed: int = 0
     keep_pixels: bool = False
     workers: int | None = None
+    time_limit: float = 600.0
     device: str = "auto"
     precision: Arithmetic = "fp32"
 
@@ -102,6 +117,8 @@ class TokenizeConfig:
                 )
         if self.workers is not None and self.workers < 0:
             raise ConfigError(f"must not be negative, is {self.workers}", where="--workers")
+        if not self.time_limit > 0:
+            raise ConfigError(f"must be more than 0, is {self.time_limit:g}", where="--time-limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,10 +155,11 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
             where=config.tokenizer,
             fix="use another tokenizer",
         )
-    catalog = list_source(config.source)
+    catalog = open_source(str(config.source), clips=config.clips, split=config.split)
     duplicates = find_duplicates(catalog.items)
     shards = cut(catalog)
     if _plan(config, passport, catalog) == "finished":
+        _order_classes(config.out, catalog)
         _tidy(config.out)
         return TokenStore(config.out)
     (config.out / PARTS).mkdir(exist_ok=True)
@@ -149,9 +167,11 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
     pending = shards[len(parts) :]
     offered = len(catalog.items)
     done = offered - sum(len(shard) for shard in pending)
-    with stop_on_signal() as stop, Progress("tokenizing", total=offered, unit="items", done=done) as progress:
-        todo = (item for shard in pending for item in shard)
-        encoded = _encode_all(config, tokenizer, todo, duplicates)
+    with (
+        stop_on_signal() as stop,
+        Progress("tokenizing", total=offered, unit="items", done=done) as progress,
+        contextlib.closing(_encode_all(config, tokenizer, pending, duplicates)) as encoded,
+    ):
         for number, shard in enumerate(pending, start=len(parts)):
             results = [_next(encoded, stop, progress, config.out) for _ in shard]
             parts.append(_write_part(config, number, results, tokenizer.grid(config.size, config.size)))
@@ -160,16 +180,15 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
 
 
 def cut(catalog: Catalog) -> list[tuple[Item, ...]]:
-    """Cut the items into shards of bounded size, from the files' kinds and sizes alone."""
+    """Cut the items into shards of bounded size, from their kinds and sizes alone; windows of a file stay together."""
     shards: list[list[Item]] = [[]]
     filled = 0.0
-    for item in catalog.items:
-        size = item.path.stat().st_size if item.path.is_file() else 0
-        share = 1 / IMAGES_IN_SHARD if item.kind == "image" else size / BYTES_IN_SHARD
+    for unit in units(catalog.items):
+        share = 1 / IMAGES_IN_SHARD if unit[0].kind == "image" else unit[0].size / BYTES_IN_SHARD
         if shards[-1] and filled + share > 1:
             shards.append([])
             filled = 0.0
-        shards[-1].append(item)
+        shards[-1] += unit
         filled += share
     return [tuple(shard) for shard in shards]
 
@@ -179,37 +198,91 @@ def encode_item(item: Item, tokenizer: Tokenizer, config: TokenizeConfig) -> Enc
     try:
         views = tuple(_encode_view(item, number, tokenizer, config) for number in range(config.views))
     except MediaError as error:
-        for number in range(config.views if config.keep_pixels else 0):
-            _waiting_pixels(config, item, number).unlink(missing_ok=True)
-        return Encoded(item=item, status=error.status, reason=error.what)
+        return _failed(item, error, config)
     return Encoded(item=item, views=views)
 
 
-def _encode_view(item: Item, number: int, tokenizer: Tokenizer, config: TokenizeConfig) -> View:
-    rng = stream(config.seed, "view", item.id, number)
-    offset = int(rng.integers(config.stride)) if number else 0
-    clips = (
-        stream_video(item.path, stride=config.stride, offset=offset, source=item.id)
-        if item.kind == "video"
-        else iter([read_image(item.path, source=item.id)])
+def encode_windows(unit: Unit, tokenizer: Tokenizer, config: TokenizeConfig) -> tuple[Encoded, ...]:
+    """The same for several windows of one video, which is read once for each view."""
+    found: list[list[View]] = [[] for _ in unit]
+    wrong: dict[int, MediaError] = {}
+    for view in range(config.views):
+        made = [_ViewMaker(item, view, tokenizer, config) for item in unit]
+        with contextlib.ExitStack() as files:
+            for maker in made:
+                files.callback(maker.close)
+            for place, clip in stream_unit(unit, stride=config.stride, offsets=[maker.offset for maker in made]):
+                if isinstance(clip, MediaError):
+                    wrong.setdefault(place, clip)
+                elif place not in wrong:
+                    made[place].add(clip)
+        for place, maker in enumerate(made):
+            try:
+                if place not in wrong:
+                    found[place].append(maker.finish())
+            except MediaError as error:
+                wrong[place] = error
+    return tuple(
+        _failed(item, wrong[place], config) if place in wrong else Encoded(item=item, views=tuple(found[place]))
+        for place, item in enumerate(unit)
     )
-    box, codes, rate = None, [], 0.0
-    pixels = _waiting_pixels(config, item, number) if config.keep_pixels else None
-    with pixels.open("wb") if pixels else contextlib.nullcontext() as kept:
-        for clip in clips:
-            height, width = shortest_side_to(clip.frames.shape[1], clip.frames.shape[2], config.size)
-            box = box or crop_box(height, width, config.size, "random" if number else "centre", rng)
-            frames = apply_crop(resize(clip.frames, height, width), box)
-            codes.append(tokenizer.encode(frames.to(tokenizer.device)).cpu().numpy().astype(np.uint16))
-            if kept:
-                kept.write(frames.contiguous().numpy().data)
-            rate = clip.rate
-    whole = np.concatenate(codes)
-    if item.kind == "video" and len(whole) < config.min_frames:
-        raise ShortMediaError(
-            f"{len(whole)} frames at stride {config.stride}, fewer than {config.min_frames}", where=item.id
-        )
-    return View(codes=whole, fps=rate, pixels=pixels)
+
+
+def _failed(item: Item, error: MediaError, config: TokenizeConfig) -> Encoded:
+    for number in range(config.views if config.keep_pixels else 0):
+        _waiting_pixels(config, item, number).unlink(missing_ok=True)
+    return Encoded(item=item, status=error.status, reason=error.what)
+
+
+def _encode_view(item: Item, number: int, tokenizer: Tokenizer, config: TokenizeConfig) -> View:
+    with contextlib.closing(_ViewMaker(item, number, tokenizer, config)) as maker:
+        for clip in stream_item(item, stride=config.stride, offset=maker.offset):
+            maker.add(clip)
+    return maker.finish()
+
+
+@dataclass
+class _ViewMaker:
+    """Takes the clips of one view of an item, and makes its codes (and pixels)."""
+
+    item: Item
+    number: int
+    tokenizer: Tokenizer
+    config: TokenizeConfig
+    codes: list[Codes] = field(default_factory=list)
+    rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._rng = stream(self.config.seed, "view", self.item.id, self.number)
+        self.offset = int(self._rng.integers(self.config.stride)) if self.number else 0
+        self._box: Box | None = None
+        self._pixels = _waiting_pixels(self.config, self.item, self.number) if self.config.keep_pixels else None
+        self._file = self._pixels.open("wb") if self._pixels else None
+
+    def add(self, clip: Clip) -> None:
+        """The next frames."""
+        size = self.config.size
+        height, width = shortest_side_to(clip.frames.shape[1], clip.frames.shape[2], size)
+        self._box = self._box or crop_box(height, width, size, "random" if self.number else "centre", self._rng)
+        frames = apply_crop(resize(clip.frames, height, width), self._box)
+        encoded = self.tokenizer.encode(frames.to(self.tokenizer.device))
+        self.codes.append(encoded.cpu().numpy().astype(np.uint16))
+        if self._file:
+            self._file.write(frames.contiguous().numpy().data)
+        self.rate = clip.rate
+
+    def close(self) -> None:
+        """Every frame has been given, or none will be any more."""
+        if self._file:
+            self._file.close()
+
+    def finish(self) -> View:
+        """The view, after `close`."""
+        whole = np.concatenate(self.codes)
+        if self.item.kind == "video" and len(whole) < self.config.min_frames:
+            reason = f"{len(whole)} frames at stride {self.config.stride}, fewer than {self.config.min_frames}"
+            raise ShortMediaError(reason, where=self.item.id)
+        return View(codes=whole, fps=self.rate, pixels=self._pixels)
 
 
 def _waiting_pixels(config: TokenizeConfig, item: Item, number: int) -> Path:
@@ -223,82 +296,73 @@ _worker: tuple[Tokenizer, TokenizeConfig] | None = None
 
 def _start_worker(config: TokenizeConfig) -> None:
     global _worker
-    leave_with_parent()
     torch.set_num_threads(1)
     _worker = load_tokenizer(config.tokenizer, device=pick_device(config.device), precision=config.precision), config
 
 
-def _work(item: Item) -> Encoded:
+def _work(unit: Unit) -> tuple[Encoded, ...]:
     assert _worker is not None
-    return encode_item(item, *_worker)
+    return _encode_unit(unit, *_worker)
+
+
+def _encode_unit(unit: Unit, tokenizer: Tokenizer, config: TokenizeConfig) -> tuple[Encoded, ...]:
+    return (encode_item(unit[0], tokenizer, config),) if len(unit) == 1 else encode_windows(unit, tokenizer, config)
 
 
 def _encode_all(
-    config: TokenizeConfig, tokenizer: Tokenizer, items: Iterable[Item], duplicates: dict[str, str]
-) -> Iterator[Encoded]:
+    config: TokenizeConfig, tokenizer: Tokenizer, shards: Iterable[tuple[Item, ...]], duplicates: dict[str, str]
+) -> Generator[Encoded, None, None]:
     """Results of all items in their order; duplicates are not read."""
     workers = (os.cpu_count() or 1) if config.workers is None else config.workers
+    todo = (unit for shard in shards for unit in units(shard))
 
-    def known(item: Item) -> Encoded | None:
+    def known(unit: Unit) -> tuple[Encoded, ...] | None:
+        item = unit[0]
         if item.id not in duplicates:
             return None
-        return Encoded(item=item, status="duplicate", reason=f"the same bytes as {duplicates[item.id]}")
+        return (Encoded(item=item, status="duplicate", reason=f"the same bytes as {duplicates[item.id]}"),)
 
     if workers == 0:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as in a worker, so that the bytes don't depend on the number of workers
         try:
-            for item in items:
-                yield known(item) or encode_item(item, tokenizer, config)
+            for unit in todo:
+                yield from known(unit) or _encode_unit(unit, tokenizer, config)
         finally:
             torch.set_num_threads(threads)
         return
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(config,)
-    ) as pool:
-        try:
-            yield from _in_order(pool, items, known, window=4 * workers)
-        except BrokenProcessPool:
-            raise TotoError(
-                "a worker process died (out of memory, or a decoder crashed)",
-                where=config.source,
-                fix="run the same command again to continue, with fewer --workers if memory was short",
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _in_order(
-    pool: ProcessPoolExecutor, items: Iterable[Item], known: Callable[[Item], Encoded | None], *, window: int
-) -> Iterator[Encoded]:
-    waiting: deque[Encoded | Future[Encoded]] = deque()
-    for item in items:
-        waiting.append(known(item) or pool.submit(_work, item))
-        while len(waiting) > window:
-            first = waiting.popleft()
-            yield first if isinstance(first, Encoded) else first.result()
-    while waiting:
-        first = waiting.popleft()
-        yield first if isinstance(first, Encoded) else first.result()
+    with Workers(_start_worker, _work, (config,), count=workers, what="the decoder") as pool:
+        for unit, found in pool.in_order(todo, limit=lambda unit: config.time_limit * len(unit), known=known):
+            if isinstance(found, Lost):
+                yield from (_failed(item, MediaError(found.reason, where=item.id), config) for item in unit)
+            else:
+                yield from found
 
 
 def _next(encoded: Iterator[Encoded], stop: StopRequest, progress: Progress, out: Path) -> Encoded:
-    result = next(encoded)
+    try:
+        result = next(encoded)
+    except TotoError:  # a signal to the whole group of processes reaches the workers too
+        if not stop:
+            raise
+        raise _interrupted(stop, out) from None
     progress.advance(note="" if result.status == "ok" else f"{result.item.id}: {result.status}")
     if stop:
-        raise InterruptedRunError(f"stopped by {stop.name}", where=out, fix="run the same command again to continue")
+        raise _interrupted(stop, out)
     return result
+
+
+def _interrupted(stop: StopRequest, out: Path) -> InterruptedRunError:
+    return InterruptedRunError(f"stopped by {stop.name}", where=out, fix="run the same command again to continue")
 
 
 def _plan(config: TokenizeConfig, passport: Passport, catalog: Catalog) -> str:
     """Begin or continue the job in its folder; refuse a folder that holds another one."""
-    files = [[item.id, item.kind, item.path.stat().st_size if item.path.is_file() else -1] for item in catalog.items]
-    digest = hashlib.sha256(json.dumps([files, [row.id for row in catalog.skipped]]).encode()).hexdigest()
     plan = {
         "passport": passport.to_dict(),
-        "catalog_sha256": digest,
-        "inputs": len(files),
-        **_choices(config),
+        "catalog_sha256": _digest(catalog),
+        "inputs": len(catalog.items),
+        **_choices(config, catalog),
     }
     finished = (config.out / MANIFEST).exists()
     if finished:
@@ -318,11 +382,30 @@ def _plan(config: TokenizeConfig, passport: Passport, catalog: Catalog) -> str:
     return "finished" if finished else "open"
 
 
-def _choices(config: TokenizeConfig) -> dict[str, Any]:
+def _digest(catalog: Catalog) -> str:
+    """The SHA-256 of what the catalog offers: names, sizes, and what a manifest or a container says of them."""
+    if catalog.classes is None:
+        files: list[Any] = [[item.id, item.kind, _size_or_missing(item)] for item in catalog.items]
+        said: list[Any] = [files, [row.id for row in catalog.skipped]]
+    else:
+        files = [[item.id, item.kind, item.size, item.label, item.split, as_plain(item.part)] for item in catalog.items]
+        said = [files, [[row.id, row.reason] for row in catalog.skipped], catalog.classes]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _size_or_missing(item: Item) -> int:
+    return item.path.stat().st_size if item.path.is_file() else -1
+
+
+def _choices(config: TokenizeConfig, catalog: Catalog) -> dict[str, Any]:
     """The options that decide what the store holds."""
     names = ("size", "stride", "min_frames", "views", "seed")
     chosen = {name: getattr(config, name) for name in names}
-    unusual = {"keep_pixels": True} if config.keep_pixels else {}  # stores without them stay as they were
+    unusual: dict[str, Any] = {"keep_pixels": True} if config.keep_pixels else {}  # other stores stay as they were
+    if catalog.form != "imagefolder":
+        unusual["form"] = catalog.form
+    if config.split is not None:
+        unusual["split"] = config.split
     return chosen | unusual | ({"precision": config.precision} if config.precision != "fp32" else {})
 
 
@@ -384,6 +467,7 @@ def _assemble(config: TokenizeConfig, passport: Passport, catalog: Catalog, part
     for row in (row for part in parts for row in part["items"]):
         items.append(StoredItem(first_frame=first, **row))
         first += row["frame_count"]
+    _write_splits(config.out, catalog, items)
     finish_store(
         config.out,
         passport=passport,
@@ -393,7 +477,32 @@ def _assemble(config: TokenizeConfig, passport: Passport, catalog: Catalog, part
         counts=counts,
         job=read_json(config.out / PLAN, what="tokenizing plan"),
     )
+    _order_classes(config.out, catalog)
     _tidy(config.out)
+
+
+def _write_splits(out: Path, catalog: Catalog, kept: list[StoredItem]) -> None:
+    """Write which split each kept item is of, where the source names any."""
+    split_of = {item.id: item.split for item in catalog.items}
+    rows = [{"id": item.id, "split": split_of.get(item.id, split_of.get(item.id.rpartition("#")[0]))} for item in kept]
+    if any(row["split"] for row in rows):
+        with written_aside(out / SPLITS) as aside:
+            pq.write_table(pa.Table.from_pylist(rows, schema=SPLIT_SCHEMA), aside)
+
+
+def count_splits(out: Path) -> dict[str, int]:
+    """How many items of a store are of each split; empty where its source named none."""
+    if not (out / SPLITS).exists():
+        return {}
+    names = pq.read_table(out / SPLITS).column("split").to_pylist()
+    return dict(sorted(Counter(name or "none" for name in names).items()))
+
+
+def _order_classes(out: Path, catalog: Catalog) -> None:
+    """Name all the source's classes in the manifest, in its own order; done again, it changes nothing."""
+    manifest = read_json(out / MANIFEST, what="shard manifest")
+    if catalog.classes is not None and manifest["classes"] != list(catalog.classes):
+        write_json(out / MANIFEST, manifest | {"classes": list(catalog.classes)})
 
 
 def _tidy(out: Path) -> None:

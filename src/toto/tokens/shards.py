@@ -13,16 +13,17 @@ Frames are stored at the tokenizing stride and windows are cut when they are rea
 
 from __future__ import annotations
 
-import bisect
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Int64, UInt8
@@ -36,8 +37,10 @@ from toto.tokens.passport import Passport
 
 FORMAT, VERSION = "toto-shards", 1
 MANIFEST, ITEMS, LEDGER = "manifest.json", "items.parquet", "ledger.parquet"
+FEW_RUNS, LARGE_RUN = 4, 2048  # from here on, one slice a run is faster than one index over all of them
 Codes = npt.NDArray[np.uint16]
 Pixels = npt.NDArray[np.uint8]
+Verify = Literal["never", "read"]
 
 ITEM_COLUMNS: dict[str, pa.DataType] = {
     "id": pa.string(),
@@ -76,6 +79,11 @@ def shard_name(number: int) -> str:
     return f"frames-{number:05d}.npy"
 
 
+def pixels_name(number: int) -> str:
+    """File name of a shard's pixels."""
+    return f"pixels-{number:05d}.npy"
+
+
 def write_shard(folder: Path, number: int, codes: list[Codes], grid: tuple[int, int]) -> dict[str, Any]:
     """Write one shard aside and rename it; returns its entry for the manifest."""
     path = folder / shard_name(number)
@@ -97,7 +105,7 @@ def write_pixels(folder: Path, number: int, clips: Iterable[Pixels], shape: tupl
     Returns:
         What the shard's entry in the manifest gets as "pixels".
     """
-    path = folder / f"pixels-{number:05d}.npy"
+    path = folder / pixels_name(number)
     header = {"descr": "|u1", "fortran_order": False, "shape": (*shape, 3)}
     with written_aside(path) as aside, aside.open("wb") as handle:
         np.lib.format.write_array_header_1_0(handle, header)
@@ -141,14 +149,21 @@ def finish_store(
 
 
 class TokenStore:
-    """A finished store, opened for reading. Opening reads the tables; frames are mapped when they are asked for.
+    """A finished store, opened for reading: nothing but the manifest is read before it is asked for.
+
+    Columns of the items are read one by one and stay NumPy or Arrow arrays, so a store of a million items opens in a
+    moment; frames are mapped file by file.
+
+    Args:
+        folder: the store's.
+        verify: "read" compares every file with its checksum before anything of it is handed out, once.
 
     Raises:
-        StoreError: the folder is no finished store, or a file of it is missing or of another size.
+        StoreError: the folder is no finished store, or a file of it is missing, damaged or of another size.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, *, verify: Verify = "never"):
+        self.folder, self._verify = Path(folder), verify
         if not self.folder.is_dir():
             raise StoreError("no such shard folder", where=self.folder, fix="make it with `toto tokenize`")
         manifest = read_json(self.folder / MANIFEST, what="shard manifest (the store is unfinished or not a store)")
@@ -161,9 +176,9 @@ class TokenStore:
         self.passport = Passport.from_dict(manifest["passport"], where=str(self.folder))
         self.stride = int(manifest["stride"])
         self._maps: dict[str, npt.NDArray[Any]] = {}
-        self._firsts = [0]
-        for shard in manifest["shards"]:
-            self._firsts.append(self._firsts[-1] + shard["frames"])
+        self._columns: dict[str, npt.NDArray[Any]] = {}
+        self._items_checked = False
+        self._firsts = np.cumsum([0, *(shard["frames"] for shard in manifest["shards"])])
 
     def __repr__(self) -> str:
         return f"TokenStore({str(self.folder)!r}, {len(self)} items, {self.frame_count} frames, grid {self.grid})"
@@ -174,7 +189,7 @@ class TokenStore:
     @property
     def frame_count(self) -> int:
         """Token frames in all files."""
-        return self._firsts[-1]
+        return int(self._firsts[-1])
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -185,16 +200,19 @@ class TokenStore:
     @cached_property
     def table(self) -> pa.Table:
         """The items as an Arrow table."""
-        path = self.folder / ITEMS
-        try:
-            return pq.read_table(path, schema=ITEM_SCHEMA)
-        except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"items can't be read ({error})", where=path, fix="make the store again") from None
+        return self._read_items(ITEM_SCHEMA.names)
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """A numeric column of the items."""
-        column: npt.NDArray[Any] = self.table.column(name).to_numpy()
-        return column
+        if name not in self._columns:
+            column: npt.NDArray[Any] = self._read_items([name]).column(0).to_numpy()
+            self._columns[name] = column
+        return self._columns[name]
+
+    def is_kind(self, kind: Kind) -> npt.NDArray[np.bool_]:
+        """Which items are of this kind."""
+        found: npt.NDArray[np.bool_] = pc.equal(self._read_items(["kind"]).column(0), pa.scalar(kind)).to_numpy()
+        return found
 
     def item(self, number: int) -> StoredItem:
         """One item by its place in the table."""
@@ -203,11 +221,62 @@ class TokenStore:
     def frames(self, first: int, count: int) -> Codes:
         """Frames `first .. first + count - 1`, all in one file, as a view of the mapped file."""
         shard, start = self._place(first, count)
-        return self._map(shard["file"], np.uint16, (shard["frames"], *self.grid))[start : start + count]
+        return self._codes_of(shard)[start : start + count]
+
+    def pixel_frames(self, first: int, count: int) -> Pixels:
+        """Pixels of frames `first .. first + count - 1`, as `frames` gives their codes.
+
+        Raises:
+            ConfigError: the store was made without them.
+        """
+        self.require_pixels()
+        shard, start = self._place(first, count)
+        return self._pixels_of(shard)[start : start + count]
 
     def codes(self, number: int, start: int = 0, count: int | None = None) -> Int64[Tensor, "T rows cols"]:
         """Codes of an item's frames `start .. start + count - 1` as int64."""
         return torch.from_numpy(self.frames(*self._frames_of(number, start, count)).astype(np.int64))
+
+    def read_runs(
+        self,
+        firsts: npt.NDArray[np.int64],
+        count: int,
+        out: npt.NDArray[Any],
+        places: npt.NDArray[np.int64] | None = None,
+        *,
+        pixels: bool = False,
+    ) -> None:
+        """Copy runs of `count` frames into `out[places]`, file by file.
+
+        Args:
+            firsts: the first frame of each run, counted over all files, `[N]`.
+            count: frames in a run; none reaches over the end of a file.
+            out: uint16 `[M, count, rows, cols]`, or uint8 `[M, count, H, W, 3]` for pixels.
+            places: where in `out` each run goes, `[N]`; None puts them one after another.
+            pixels: copy the frames' pixels, not their codes.
+        """
+        files = np.searchsorted(self._firsts, firsts, side="right") - 1
+        inside = (files >= 0) & (files < len(self._firsts) - 1)
+        if not inside.all() or (firsts + count > self._firsts[files + 1]).any():
+            bad = firsts[~inside] if not inside.all() else firsts[firsts + count > self._firsts[files + 1]]
+            raise StoreError(f"frames {bad[0]} to {bad[0] + count - 1} are not in one file of it", where=self.folder)
+        order = np.argsort(files, kind="stable") if (files != files[0]).any() else np.arange(len(files))
+        edges = np.flatnonzero(np.diff(files[order], prepend=-1, append=-1)).tolist()
+        for begin, end in itertools.pairwise(edges):
+            group = order[begin:end]
+            number = int(files[group[0]])
+            kept = self._pixels_of(number) if pixels else self._codes_of(number)
+            starts = firsts[group] - self._firsts[number]
+            if places is None and len(edges) == 2:
+                frames = (starts[:, None] + np.arange(count)).ravel()
+                flat = kept.reshape(len(kept), -1)  # "clip" copies straight into `out`; the frames lie inside
+                np.take(flat, frames, axis=0, out=out.reshape(len(frames), -1), mode="clip")
+            elif out[0].nbytes >= LARGE_RUN or end - begin < FEW_RUNS:
+                into = group if places is None else places[group]
+                for place, start in zip(into.tolist(), starts.tolist(), strict=True):
+                    out[place] = kept[start : start + count]
+            else:
+                out[group if places is None else places[group]] = kept[starts[:, None] + np.arange(count)]
 
     @property
     def has_pixels(self) -> bool:
@@ -220,12 +289,7 @@ class TokenStore:
         Raises:
             ConfigError: the store was made without them.
         """
-        self.require_pixels()
-        assert self.passport.frame_size is not None
-        first, wanted = self._frames_of(number, start, count)
-        shard, place = self._place(first, wanted)
-        kept = self._map(shard["pixels"]["file"], np.uint8, (shard["frames"], *self.passport.frame_size, 3))
-        return torch.from_numpy(kept[place : place + wanted].copy())
+        return torch.from_numpy(self.pixel_frames(*self._frames_of(number, start, count)).copy())
 
     def require_pixels(self) -> None:
         """Refuse a store that was made without pixels."""
@@ -234,33 +298,59 @@ class TokenStore:
                 "holds codes without pixels", where=self.folder, fix="make it again with `toto tokenize --keep-pixels`"
             )
 
-    def verify(self) -> None:
-        """Read every byte and compare it with the manifest's checksums."""
+    @cached_property
+    def checksums(self) -> dict[str, str]:
+        """The SHA-256 that the manifest names for every file."""
         shards = self.manifest["shards"]
         files = [*shards, *(shard["pixels"] for shard in shards if "pixels" in shard)]
-        sums = {file["file"]: file["sha256"] for file in files} | self.manifest["tables"]
-        for name, expected in sums.items():
-            path = self.folder / name
-            if not path.exists() or sha256_of(path) != expected:
-                state = "damaged" if path.exists() else "missing"
-                raise StoreError(f"{state} (checksum of the manifest)", where=path, fix="make the store again")
+        tables: dict[str, str] = self.manifest["tables"]
+        return {file["file"]: file["sha256"] for file in files} | tables
+
+    def require_whole(self, name: str) -> None:
+        """Read every byte of a file and compare it with the manifest's checksum.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        path = self.folder / name
+        if not path.exists() or sha256_of(path) != self.checksums[name]:
+            state = "damaged" if path.exists() else "missing"
+            raise StoreError(f"{state} (checksum of the manifest)", where=path, fix="make the store again")
+
+    def verify(self) -> None:
+        """Read every byte and compare it with the manifest's checksums."""
+        for name in self.checksums:
+            self.require_whole(name)
 
     def _frames_of(self, number: int, start: int, count: int | None) -> tuple[int, int]:
         """An item's frames as first frame of the store and count."""
         first, total = int(self.column("first_frame")[number]), int(self.column("frame_count")[number])
         return first + start, total - start if count is None else count
 
-    def _place(self, first: int, count: int) -> tuple[dict[str, Any], int]:
-        """The shard that frames `first .. first + count - 1` lie in, and where in it they begin."""
-        number = bisect.bisect_right(self._firsts, first) - 1
+    def _place(self, first: int, count: int) -> tuple[int, int]:
+        """The number of the shard that frames `first .. first + count - 1` lie in, and where in it they begin."""
+        number = int(np.searchsorted(self._firsts, first, side="right")) - 1
         if first < 0 or number >= len(self._firsts) - 1 or first + count > self._firsts[number + 1]:
             last = first + count - 1
             raise StoreError(f"frames {first} to {last} are not in one file of it", where=self.folder)
-        return self.manifest["shards"][number], first - self._firsts[number]
+        return number, first - int(self._firsts[number])
+
+    def _codes_of(self, number: int) -> Codes:
+        """The mapped codes of a shard."""
+        shard = self.manifest["shards"][number]
+        return self._map(shard["file"], np.uint16, (shard["frames"], *self.grid))
+
+    def _pixels_of(self, number: int) -> Pixels:
+        """The mapped pixels of a shard."""
+        assert self.passport.frame_size is not None
+        shard = self.manifest["shards"][number]
+        return self._map(shard["pixels"]["file"], np.uint8, (shard["frames"], *self.passport.frame_size, 3))
 
     def _map(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
         if name not in self._maps:
             path = self.folder / name
+            if self._verify == "read":
+                self.require_whole(name)
             try:
                 mapped = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError) as error:
@@ -268,8 +358,18 @@ class TokenStore:
             if mapped.shape != shape or mapped.dtype != dtype:
                 found, said = f"{mapped.dtype} {mapped.shape}", f"{np.dtype(dtype)} {shape}"
                 raise StoreError(f"holds {found}, the manifest says {said}", where=path, fix="make it again")
-            self._maps[name] = mapped
+            self._maps[name] = mapped.view(np.ndarray)  # slices of a memmap cost three times those of an array
         return self._maps[name]
+
+    def _read_items(self, columns: list[str]) -> pa.Table:
+        path = self.folder / ITEMS
+        if self._verify == "read" and not self._items_checked:
+            self.require_whole(ITEMS)
+            self._items_checked = True
+        try:
+            return pq.read_table(path, columns=columns, schema=ITEM_SCHEMA)
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"items can't be read ({error})", where=path, fix="make the store again") from None
 
 
 def write_ledger(folder: Path, ledger: list[LedgerRow]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from toto.model.config import ModelConfig
 from toto.runtime.device import Precision
 from toto.runtime.errors import ConfigError
-from toto.training.mixture import SourceConfig
+from toto.training.mixture import MixtureChange, SourceConfig
 from toto.training.optimizer import OptimizerConfig
 
 
@@ -18,23 +18,43 @@ class DataConfig:
     Attributes:
         sources: shard folders with their weights and modalities.
         heldout: shard folders that are only evaluated on.
+        schedule: changes of the sources' weights, in rising order of their steps. Weights count sequences, which are
+            all equally long, so they are also shares of tokens.
         frames: T, frames (or images) in a sequence (the paper: 16).
         short_steps: for this many steps at the beginning, each window is cut into sequences of `short_frames`
             frames, which all count in its place. Copying from the frame before is found far sooner in short ones.
         short_frames: frames of these; must divide T.
+        checks: compare every file of the shards with its checksum before anything of it is used. Reads each file
+            once more, when it is first needed.
     """
 
     sources: tuple[SourceConfig, ...] = ()
     heldout: tuple[SourceConfig, ...] = ()
+    schedule: tuple[MixtureChange, ...] = ()
     frames: int = 16
     short_steps: int = 0
     short_frames: int = 2
+    checks: bool = False
 
     def __post_init__(self) -> None:
         if self.frames < 1:
             raise ConfigError(f"must be at least 1, is {self.frames}", where="--data.frames")
         if self.short_steps and (self.short_frames < 1 or self.frames % self.short_frames):
             raise ConfigError(f"{self.short_frames} doesn't divide {self.frames}", where="--data.short-frames")
+        steps = [change.step for change in self.schedule]
+        if steps != sorted({*steps}) or any(step < 1 for step in steps):
+            raise ConfigError(f"steps {steps} don't rise from 1 on", where="--data-at", fix="name each step once")
+        for change in self.schedule:
+            if len(change.weights) != len(self.sources):
+                raise ConfigError(
+                    f"{len(change.weights)} weights for {len(self.sources)} sources at step {change.step}",
+                    where="data.schedule",
+                    fix="give one for each source",
+                )
+
+    def changes(self, batch: int) -> tuple[tuple[int, tuple[float, ...]], ...]:
+        """The schedule by sequence number: (first sequence, weights of all sources)."""
+        return tuple((change.step * batch, change.weights) for change in self.schedule)
 
     def frames_at(self, step: int) -> int:
         """Frames in a sequence at a step."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,10 @@ from toto.tokens.sequence import sequence_length, sequence_vocabulary
 from toto.tokens.shards import MANIFEST
 from toto.training.checkpoint import restore_checkpoint, save_checkpoint
 from toto.training.config import TrainConfig
-from toto.training.mixture import Mixture, describe, patches_of, sequences_of
+from toto.training.mixture import Batch, Mixture, describe
 from toto.training.objective import next_token_loss
 from toto.training.optimizer import learning_rate, make_optimizer
+from toto.training.prefetch import ReadAhead
 
 Evaluate = Callable[[Transformer], dict[str, float]]
 FREE_TO_CHANGE = ("device", "keep", "log_every", "save_every", "eval_every", "eval_sequences")
@@ -54,6 +57,7 @@ def train(config: TrainConfig, out: Path, *, evaluate: Evaluate | None = None, r
     """
     run = _prepare(config, out, resume)
     with (
+        closing(run.ahead),
         stop_on_signal() as stop,
         Progress("training", total=config.steps, unit="steps", done=run.step) as progress,
     ):
@@ -87,6 +91,7 @@ class _Run:
     config: TrainConfig
     out: Path
     mixture: Mixture
+    ahead: ReadAhead[tuple[Batch, Tensor]]
     model: Transformer
     optimizer: torch.optim.Optimizer
     metrics: Metrics
@@ -122,7 +127,14 @@ def _prepare(config: TrainConfig, out: Path, resume: bool) -> _Run:
     if newest and not resume:
         raise ConfigError("already holds a run", where=out, fix="add --resume to continue it, or choose another --out")
     sees_pixels = config.model.inputs == "patches"
-    mixture = Mixture(config.data.sources, frames=config.data.frames, seed=config.seed, pixels=sees_pixels)
+    mixture = Mixture(
+        config.data.sources,
+        frames=config.data.frames,
+        seed=config.seed,
+        pixels=sees_pixels,
+        changes=config.data.changes(config.batch),
+        verify="read" if config.data.checks else "never",
+    )
     architecture = with_vocabulary(config.model, sequence_vocabulary(mixture.passport.vocab_size))
     if sees_pixels:
         architecture = with_patch_values(architecture, patch_values(mixture.passport))
@@ -132,13 +144,15 @@ def _prepare(config: TrainConfig, out: Path, resume: bool) -> _Run:
     resolved = replace(config, model=architecture)
     step = 0
     if newest:
-        _require_same_run(resolved, out)
+        step = int(load_card(newest).training["step"])
+        _require_same_run(resolved, out, step)
         card = restore_checkpoint(newest, model, optimizer)
-        if card.training.get("data") != _data_hashes(mixture):
+        used = len(_drawn_from(as_plain(config.data), step)["sources"])
+        if card.training["data"][:used] != _data_hashes(mixture)[:used]:
             raise CheckpointError(
                 "was trained on other shards", where=newest, fix="give the same data, or another --out"
             )
-        step = int(card.training["step"])
+        _record_new_mixture(resolved, out, step)
     else:
         if config.init is not None:
             start_from(config.init, model, mixture.passport)
@@ -149,7 +163,8 @@ def _prepare(config: TrainConfig, out: Path, resume: bool) -> _Run:
         say(str(source))
     say(f"model: {parameter_line(architecture)}, on {device}")
     metrics = Metrics(out, continue_from=step if newest else None)
-    return _Run(config, out, mixture, model, optimizer, metrics, device, step)
+    ahead = ReadAhead(lambda step: _read(mixture, config, step, pinned=device.type == "cuda"), end=config.steps)
+    return _Run(config, out, mixture, ahead, model, optimizer, metrics, device, step)
 
 
 def start_from(checkpoint: str, model: Transformer, passport: Passport) -> None:
@@ -168,27 +183,33 @@ def start_from(checkpoint: str, model: Transformer, passport: Passport) -> None:
     model.load_state_dict(other.state_dict())
 
 
+def _read(mixture: Mixture, config: TrainConfig, step: int, *, pinned: bool) -> tuple[Batch, Tensor]:
+    """The windows of a step, and their sequences."""
+    batch = mixture.batch(step, config.batch)
+    return batch, batch.sequences(config.data.frames_at(step), pinned=pinned)
+
+
 def _step(run: _Run) -> tuple[float, float]:
     """One optimizer step; returns the batch's mean loss and the gradient's norm before clipping."""
     config = run.config
-    windows = run.mixture.windows(run.step, config.batch)
+    batch, sequences = run.ahead.take(run.step)
     rate = learning_rate(run.step, config.steps, config.optimizer)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.model.train()
     losses: list[Tensor] = []
-    for first in range(0, config.batch, config.micro_batch):
-        part, frames = windows[first : first + config.micro_batch], config.data.frames_at(run.step)
-        sequences = sequences_of(part, frames).to(run.device)
-        patches = patches_of(part, frames, device=run.device)
+    parts = sequences.chunk(config.batch // config.micro_batch)
+    for first, part in zip(range(0, config.batch, config.micro_batch), parts, strict=True):
+        windows = slice(first, first + config.micro_batch)
+        patches = batch.patches(config.data.frames_at(run.step), part=windows, device=run.device)
         with autocast(config.precision, run.device):
-            loss = next_token_loss(run.model, sequences, patches)
+            loss = next_token_loss(run.model, part.to(run.device, non_blocking=True), patches)
         (loss * config.micro_batch / config.batch).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
     norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.optimizer.clip))
     mean = float(torch.stack(losses).mean())
     if not (math.isfinite(mean) and math.isfinite(norm)):
-        raise _non_finite(run, mean, norm, windows)
+        raise _non_finite(run, mean, norm, batch.windows())
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
@@ -230,11 +251,11 @@ def _data_hashes(mixture: Mixture) -> list[str]:
     return [sha256_of(source.config.path / MANIFEST) for source in mixture.sources]
 
 
-def _require_same_run(config: TrainConfig, out: Path) -> None:
-    """Refuse to continue with options that would make it another run."""
+def _require_same_run(config: TrainConfig, out: Path, step: int) -> None:
+    """Refuse to continue after `step` steps with options that would make it another run."""
     before = read_json(out / RECORD, what="record of the run")["config"]
     now = as_plain(config)
-    different = _differences(_comparable(before), _comparable(now))
+    different = _differences(_comparable(before, step), _comparable(now, step))
     if different:
         raise ConfigError(
             f"holds a run with other options ({'; '.join(different)})",
@@ -243,18 +264,42 @@ def _require_same_run(config: TrainConfig, out: Path) -> None:
         )
 
 
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """The options that decide the result; where the shards lie does not, their checksums are compared instead.
+def _comparable(config: dict[str, Any], step: int) -> dict[str, Any]:
+    """The options that decided the result of the first `step` steps, or decide everything after them.
 
-    Architecture options that a run's record is too old to name had their defaults.
+    Where the shards lie doesn't, their checksums are compared instead; nor does a mixture that is still to come.
+    Options that a run's record is too old to name had their defaults.
     """
     kept = {name: value for name, value in config.items() if name not in FREE_TO_CHANGE}
-    sources = [{**source, "path": None} for source in config["data"]["sources"]]
+    drawn_from = _drawn_from(config["data"], step)
     defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.default is not MISSING}
     return kept | {
-        "data": {**config["data"], "sources": sources, "heldout": None},
+        "data": {
+            **{name: value for name, value in config["data"].items() if name not in ("heldout", "checks", "schedule")},
+            "sources": drawn_from["sources"],
+            f"schedule before step {step}": drawn_from["schedule"],
+        },
         "model": defaults | config["model"],
     }
+
+
+def _drawn_from(data: dict[str, Any], step: int) -> dict[str, Any]:
+    """The mixture as far as it has decided the first `step` steps: without later changes and sources that join then."""
+    schedule = [change for change in data.get("schedule", []) if change["step"] < step]
+    weights = [[source["weight"] for source in data["sources"]], *(change["weights"] for change in schedule)]
+    used = 1 + max(number for row in weights for number, weight in enumerate(row) if weight)
+    return {
+        "sources": [{**source, "path": None} for source in data["sources"][:used]],
+        "schedule": [{**change, "weights": change["weights"][:used]} for change in schedule],
+    }
+
+
+def _record_new_mixture(config: TrainConfig, out: Path, step: int) -> None:
+    """Where a run goes on with another mixture, make that its record and keep the one before beside it."""
+    before = read_json(out / RECORD, what="record of the run")["config"]["data"]
+    if _drawn_from(before, config.steps) != _drawn_from(as_plain(config.data), config.steps):
+        shutil.copyfile(out / RECORD, out / f"made-before-step-{step + 1}.json")
+        write_provenance(out, config)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

@@ -1,40 +1,40 @@
 """Which window lies in which batch slot: a pure function of (seed, step, slot).
 
-Sequence number n = step x batch + slot. Sources take turns in blocks: in a block, each source has exactly its share
-of the places, in an order shuffled anew for every block, so the ratios hold exactly over any whole number of blocks.
+Sequence number n = step x batch + slot. Sources take turns in blocks that hold their ratios exactly (`order`).
 A source's k-th draw belongs to epoch k // (draws in an epoch) and is shuffled within it:
 
 * video: each item is cut into windows of T frames that don't overlap; the first one's start is drawn anew for every
   epoch and item, so the windows differ from epoch to epoch and each frame counts (nearly) once in each.
 * image: T images, the next T of a list of all images that is shuffled anew each time it is through.
 
-Nothing is remembered but n, so training goes on exactly where it was, at any number of ranks or workers.
+Nothing is remembered but n, so training goes on exactly where it was, at any number of ranks or workers. The order is
+worked out for thousands of sequences at once, and frames are copied file by file into one array for a batch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, UInt8, UInt16
 from torch import Tensor
 
-from toto.media.sampling import tiling
 from toto.runtime.errors import ConfigError, PassportError
-from toto.runtime.seed import integer, stream
+from toto.runtime.seed import integer
 from toto.tokens.passport import Passport
 from toto.tokens.patches import patchify
-from toto.tokens.sequence import Modality, pack
-from toto.tokens.shards import TokenStore
-from toto.training.permutation import permuted
+from toto.tokens.sequence import CODE_OFFSET, END, START, Modality, pack, sequence_length
+from toto.tokens.shards import TokenStore, Verify
+from toto.training.order import Turns
+from toto.training.permutation import Numbers, drawn, permuted
 
-LARGEST_BLOCK = 10_000
+PLANNED_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +43,26 @@ class SourceConfig:
 
     Attributes:
         path: a folder of shards.
-        weight: its share of the sequences, relative to the other sources'.
+        weight: its share of the sequences, relative to the other sources'; 0 where it joins later.
         modality: video takes windows of the store's videos; image takes groups of its images.
     """
 
     path: Path
     weight: float
     modality: Modality = "video"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureChange:
+    """New weights from a step on.
+
+    Attributes:
+        step: the first step with them.
+        weights: one for each source, in the order of the sources; 0 leaves a source out.
+    """
+
+    step: int
+    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,25 +80,39 @@ class Window:
 
 
 class Source:
-    """The windows of one store, addressed by their number; with their pixels where `pixels` is set."""
+    """The windows of one store, addressed by their number; with their pixels where `pixels` is set.
 
-    def __init__(self, config: SourceConfig, *, frames: int, seed: int, number: int, pixels: bool = False):
+    Its draw k is made of runs of frames: one run of T frames of a video, or T runs of one frame, images.
+    """
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        *,
+        frames: int,
+        seed: int,
+        number: int,
+        pixels: bool = False,
+        verify: Verify = "never",
+    ):
         self.config, self.frames, self.number, self.pixels = config, frames, number, pixels
-        self.store = TokenStore(config.path)
+        self.store = TokenStore(config.path, verify=verify)
         if pixels:
             self.store.require_pixels()
-        self._seed = integer(seed, "source", number)
-        table = self.store.table
-        is_kind = np.array([kind == config.modality for kind in table.column("kind").to_pylist()], dtype=bool)
-        counts = np.where(is_kind, self.store.column("frame_count"), 0)
+        self._key = integer(seed, "source", number)
+        self._first_frames, self._counts = self.store.column("first_frame"), self.store.column("frame_count")
+        is_kind = self.store.is_kind(config.modality)
         if config.modality == "image":
-            self._items = np.flatnonzero(counts)
+            self._items = np.flatnonzero(is_kind & (self._counts > 0))
+            self.run_frames = 1
             self.draws_per_epoch = math.ceil(len(self._items) / frames)
             self.left_out = 0
         else:
-            self._windows_before = np.concatenate([[0], np.cumsum(counts // frames)])
+            windows = np.where(is_kind, self._counts // frames, 0)
+            self._windows_before = np.concatenate([[0], np.cumsum(windows)])
+            self.run_frames = frames
             self.draws_per_epoch = int(self._windows_before[-1])
-            self.left_out = int((is_kind & (counts < frames)).sum())
+            self.left_out = int((is_kind & (self._counts < frames)).sum())
         if self.draws_per_epoch == 0:
             raise ConfigError(
                 f"holds no {config.modality} of {frames if config.modality == 'video' else 1} frames",
@@ -100,80 +127,192 @@ class Source:
 
     def draw(self, number: int) -> Window:
         """The source's `number`-th draw since the beginning of training."""
-        return self._images(number) if self.config.modality == "image" else self._video(number)
+        items, starts = self.runs(np.array([number]))
+        return self._window(items[0], starts[0])
 
     def in_order(self, number: int) -> Window:
         """Window `number` of a fixed enumeration, for evaluation: videos from their first frame, images as listed."""
         if self.config.modality == "image":
-            return self._group([(number * self.frames + place) % len(self._items) for place in range(self.frames)])
-        item, place = self._locate(number)
+            items = self._items[(number * self.frames + np.arange(self.frames)) % len(self._items)]
+            return self._window(items, np.zeros_like(items))
+        item, place = self._locate(np.array([number]))
         return self._window(item, place * self.frames)
 
-    def _video(self, number: int) -> Window:
-        epoch, place = divmod(number, self.draws_per_epoch)
-        window = permuted(place, self.draws_per_epoch, integer(self._seed, epoch))
-        item, place_in_item = self._locate(window)
-        _, left_over = tiling(int(self.store.column("frame_count")[item]), self.frames)
-        phase = int(stream(self._seed, epoch, item).integers(left_over + 1))
-        return self._window(item, phase + place_in_item * self.frames)
+    def runs(self, draws: Numbers) -> tuple[Numbers, Numbers]:
+        """The runs of frames of each of the draws `[N]`, as item and first frame in it, both `[N, R]`."""
+        if self.config.modality == "image":
+            epoch, index = np.divmod(draws[:, None] * self.frames + np.arange(self.frames), len(self._items))
+            chosen = permuted(index.ravel(), len(self._items), drawn(self._key, epoch.ravel()))
+            items = self._items[chosen].reshape(epoch.shape)
+            return items, np.zeros_like(items)
+        epoch, place = np.divmod(draws, self.draws_per_epoch)
+        keys = drawn(self._key, epoch)
+        item, place_in_item = self._locate(permuted(place, self.draws_per_epoch, keys))
+        left_over = self._counts[item] % self.frames
+        phase = (drawn(keys, item) % (left_over + 1).astype(np.uint64)).astype(np.int64)
+        return item[:, None], (phase + place_in_item * self.frames)[:, None]
 
-    def _images(self, number: int) -> Window:
-        chosen = []
-        for place in range(number * self.frames, (number + 1) * self.frames):
-            epoch, index = divmod(place, len(self._items))
-            chosen.append(permuted(index, len(self._items), integer(self._seed, epoch)))
-        return self._group(chosen)
+    def first_frames(self, draws: Numbers) -> Numbers:
+        """The first frame of each run of the draws, counted over the store's files, `[N, R]`."""
+        items, starts = self.runs(draws)
+        return self._first_frames[items] + starts
 
-    def _locate(self, window: int) -> tuple[int, int]:
-        item = int(np.searchsorted(self._windows_before, window, side="right")) - 1
-        return item, window - int(self._windows_before[item])
+    def origin(self, draw: int) -> tuple[tuple[str, int], ...]:
+        """Where a draw comes from: (item's id, first frame in it) for each run of frames."""
+        items, starts = self.runs(np.array([draw]))
+        return self._origin(items[0], starts[0])
 
-    def _window(self, item: int, start: int) -> Window:
-        return self._made([(item, start)], self.frames)
+    def _locate(self, windows: Numbers) -> tuple[Numbers, Numbers]:
+        items = np.searchsorted(self._windows_before, windows, side="right") - 1
+        return items, windows - self._windows_before[items]
 
-    def _group(self, places: list[int]) -> Window:
-        return self._made([(int(self._items[place]), 0) for place in places], 1)
-
-    def _made(self, runs: list[tuple[int, int]], count: int) -> Window:
-        """The window of `count` frames from each (item, first frame)."""
+    def _window(self, items: Numbers, starts: Numbers) -> Window:
+        """The window of these runs."""
+        runs = list(zip(items.tolist(), starts.tolist(), strict=True))
+        pixels = [self.store.pixels(item, start, self.run_frames) for item, start in runs] if self.pixels else None
         return Window(
-            codes=torch.cat([self.store.codes(item, start, count) for item, start in runs]),
+            codes=torch.cat([self.store.codes(item, start, self.run_frames) for item, start in runs]),
             modality=self.config.modality,
             source=self.number,
-            origin=tuple((self._name(item), start) for item, start in runs),
-            pixels=torch.cat([self.store.pixels(item, start, count) for item, start in runs]) if self.pixels else None,
+            origin=self._origin(items, starts),
+            pixels=torch.cat(pixels) if pixels else None,
         )
 
-    def _name(self, item: int) -> str:
-        return str(self.store.table.column("id")[item].as_py())
+    def _origin(self, items: Numbers, starts: Numbers) -> tuple[tuple[str, int], ...]:
+        names = self.store.table.column("id")
+        return tuple(
+            (str(names[item].as_py()), start) for item, start in zip(items.tolist(), starts.tolist(), strict=True)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The windows of a step, or of some of its slots, as the shards hold them.
+
+    Attributes:
+        mixture: they come from.
+        source: the number of each window's source.
+        draw: which draw of its source each window is.
+        codes: of all windows.
+        pixels: of all windows, where patches were asked for.
+    """
+
+    mixture: Mixture
+    source: Int64[np.ndarray, " B"]
+    draw: Int64[np.ndarray, " B"]
+    codes: UInt16[np.ndarray, "B T rows cols"]
+    pixels: UInt8[np.ndarray, "B T H W 3"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def sequences(self, frames: int | None = None, *, pinned: bool = False) -> Int64[Tensor, "B S"]:
+        """The windows as sequences of ids; with `frames`, each cut into sequences of so many frames.
+
+        Args:
+            frames: of a sequence; must divide T. None takes the whole window.
+            pinned: in page-locked memory, from which a GPU can copy while it computes.
+        """
+        _, T, rows, cols = self.codes.shape
+        cut = T // (frames or T)
+        shape = len(self) * cut, sequence_length(T // cut, rows, cols)
+        made = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
+        ids = made.numpy()
+        ids[:, 0] = np.repeat(self.mixture.start_ids[self.source], cut)
+        ids[:, 1:-1] = self.codes.reshape(len(ids), -1)
+        ids[:, 1:-1] += CODE_OFFSET  # twice as fast as one np.add, which converts through a buffer
+        ids[:, -1] = END
+        return made
+
+    def patches(
+        self, frames: int | None = None, *, part: slice = slice(None), device: torch.device | str = "cpu"
+    ) -> Float[Tensor, "B N P"] | None:
+        """The patches of what `sequences` makes of a part of the windows, on a device; None without pixels."""
+        if self.pixels is None:
+            return None
+        clips = torch.from_numpy(self.pixels[part]).to(device)
+        return patchify(clips.reshape(-1, frames or clips.shape[1], *clips.shape[2:]), *self.codes.shape[2:])
+
+    def windows(self) -> list[Window]:
+        """The windows one by one, with the names of their items."""
+        sources = [self.mixture.sources[number] for number in self.source]
+        return [
+            Window(
+                codes=torch.from_numpy(self.codes[slot].astype(np.int64)),
+                modality=source.config.modality,
+                source=source.number,
+                origin=source.origin(int(self.draw[slot])),
+                pixels=None if self.pixels is None else torch.from_numpy(self.pixels[slot]),
+            )
+            for slot, source in enumerate(sources)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Where the windows of some sequences lie.
+
+    Attributes:
+        source: of each sequence.
+        draw: of each sequence.
+        firsts: of each source, the first frames of its draws' runs.
+        row: of each sequence, its row in the `firsts` of its source.
+    """
+
+    source: Numbers
+    draw: Numbers
+    firsts: list[Numbers]
+    row: Numbers
 
 
 class Mixture:
-    """Several sources in fixed ratios, addressed by (step, slot).
+    """Several sources in exact ratios, addressed by (step, slot).
+
+    Args:
+        sources: with their weights in the beginning.
+        frames: T, frames in a window.
+        seed: of the order.
+        pixels: read the frames' pixels too.
+        changes: (sequence, weights of all sources): from this sequence number on, other weights.
+        verify: "read" compares every file with its checksum before anything of it is used.
 
     Raises:
-        ConfigError: no source, a weight that is not positive, a source without a window, or one without the pixels
-            that are asked for.
+        ConfigError: no source, a weight below 0, a source whose weight is always 0, one without a window, or one
+            without the pixels that are asked for.
         PassportError: sources of different tokenizers or grids.
     """
 
-    def __init__(self, sources: tuple[SourceConfig, ...], *, frames: int, seed: int, pixels: bool = False):
+    def __init__(
+        self,
+        sources: tuple[SourceConfig, ...],
+        *,
+        frames: int,
+        seed: int,
+        pixels: bool = False,
+        changes: Sequence[tuple[int, tuple[float, ...]]] = (),
+        verify: Verify = "never",
+    ):
         if not sources:
             raise ConfigError("no source to train on", where="data.sources", fix="give at least one shard folder")
-        for source in sources:
-            if not (math.isfinite(source.weight) and source.weight > 0):
-                raise ConfigError(
-                    f"weight {source.weight} is not positive", where=source.path, fix="leave the source out"
-                )
+        phases = [(0, tuple(source.weight for source in sources)), *changes]
+        for number, source in enumerate(sources):
+            weights = [weights[number] for _, weights in phases]
+            if bad := [weight for weight in weights if not (math.isfinite(weight) and weight >= 0)]:
+                raise ConfigError(f"weight {bad[0]} is not positive", where=source.path, fix="leave the source out")
+            if not any(weights):
+                raise ConfigError("weight 0.0 is not positive", where=source.path, fix="leave the source out")
         self.frames, self.seed = frames, seed
+        self._turns = Turns(phases, seed=seed)
         self.sources = [
-            Source(source, frames=frames, seed=seed, number=n, pixels=pixels) for n, source in enumerate(sources)
+            Source(source, frames=frames, seed=seed, number=n, pixels=pixels, verify=verify)
+            for n, source in enumerate(sources)
         ]
         for other in self.sources[1:]:
             self.passport.require_same(
                 other.store.passport, where=str(other.config.path), fix="tokenize all sources alike"
             )
-        self.shares = block_shares([source.weight for source in sources])
+        self.start_ids = np.array([START[source.config.modality] for source in self.sources])
+        self._planned: tuple[tuple[int, int], _Plan] | None = None
 
     @property
     def passport(self) -> Passport:
@@ -195,14 +334,59 @@ class Mixture:
             )
         return videos[0] if videos else 1
 
-    def window(self, number: int) -> Window:
-        """The window of sequence `number` = step x batch + slot."""
-        source, draw = locate(number, self.shares, self.seed)
-        return self.sources[source].draw(draw)
+    def batch(self, step: int, batch: int, *, slots: slice = slice(None)) -> Batch:
+        """The windows of a step, or of some slots of it.
+
+        Args:
+            step: counted from 0.
+            batch: sequences in a step.
+            slots: `slice(rank, None, world)` is what one of several processes reads.
+        """
+        steps = max(1, PLANNED_AT_ONCE // batch)
+        plan = self._plan(step // steps * steps * batch, steps * batch)
+        first = step % steps * batch
+        chosen = np.arange(first, first + batch)[slots]
+        source = plan.source[chosen]
+        return Batch(
+            mixture=self,
+            source=source,
+            draw=plan.draw[chosen],
+            codes=self._read(source, plan, chosen),
+            pixels=self._read(source, plan, chosen, pixels=True) if self.sources[0].pixels else None,
+        )
 
     def windows(self, step: int, batch: int) -> list[Window]:
-        """The windows of a whole batch."""
-        return [self.window(step * batch + slot) for slot in range(batch)]
+        """The windows of a whole batch, one by one."""
+        return self.batch(step, batch).windows()
+
+    def _plan(self, first: int, count: int) -> _Plan:
+        """Where `count` sequences lie; the last plan is kept, since steps come one after another."""
+        if self._planned and self._planned[0] == (first, count):
+            return self._planned[1]
+        source, draw = self._turns.locate(np.arange(first, first + count))
+        row, firsts = np.empty_like(source), []
+        for each in self.sources:
+            mine = np.flatnonzero(source == each.number)
+            row[mine] = np.arange(len(mine))
+            firsts.append(each.first_frames(draw[mine]))
+        plan = _Plan(source=source, draw=draw, firsts=firsts, row=row)
+        self._planned = (first, count), plan
+        return plan
+
+    def _read(self, source: Numbers, plan: _Plan, chosen: Numbers, *, pixels: bool = False) -> Any:
+        """Codes `[B, T, rows, cols]`, or pixels `[B, T, H, W, 3]`, of some planned sequences."""
+        shape = (*self.passport.frame_size, 3) if pixels and self.passport.frame_size else self.grid
+        out = np.empty((len(chosen), self.frames, *shape), np.uint8 if pixels else np.uint16)
+        for each in self.sources:
+            slots = np.flatnonzero(source == each.number)
+            if len(slots):
+                firsts = plan.firsts[each.number][plan.row[chosen[slots]]]
+                runs = firsts.shape[1]
+                alone = len(slots) == len(chosen)
+                places = None if alone else (slots[:, None] * runs + np.arange(runs)).ravel()
+                into = out.reshape(-1, each.run_frames, *shape)
+                each.store.read_runs(firsts.ravel(), each.run_frames, into, places, pixels=pixels)
+        return out
 
 
 def sequences_of(windows: list[Window], frames: int | None = None) -> Int64[Tensor, "B S"]:
@@ -220,36 +404,6 @@ def patches_of(
         return None
     parts = [clip.reshape(-1, frames or len(clip), *clip.shape[1:]) for clip in pixels]
     return patchify(torch.cat(parts).to(device), *windows[0].codes.shape[1:])
-
-
-def block_shares(weights: list[float]) -> tuple[int, ...]:
-    """Places of each source in a block: the smallest whole numbers in the ratio of the weights.
-
-    >>> block_shares([0.2, 0.1, 0.1, 0.6])
-    (2, 1, 1, 6)
-    """
-    parts = [
-        Fraction(weight).limit_denominator(1000) / Fraction(sum(weights)).limit_denominator(1000) for weight in weights
-    ]
-    whole = [int(part * math.lcm(*(part.denominator for part in parts))) for part in parts]
-    shares = tuple(count // math.gcd(*whole) for count in whole)
-    if 0 in shares or sum(shares) > LARGEST_BLOCK:
-        raise ConfigError(f"weights {weights} have no simple ratio", where="data.sources", fix="use rounder weights")
-    return shares
-
-
-def locate(number: int, shares: tuple[int, ...], seed: int) -> tuple[int, int]:
-    """Which source sequence `number` comes from, and which draw of that source it is."""
-    block, place = divmod(number, sum(shares))
-    order = _block_order(block, shares, seed)
-    source = order[place]
-    return source, block * shares[source] + order[:place].count(source)
-
-
-@lru_cache(maxsize=16)
-def _block_order(block: int, shares: tuple[int, ...], seed: int) -> tuple[int, ...]:
-    places = [source for source, share in enumerate(shares) for _ in range(share)]
-    return tuple(places[i] for i in stream(seed, "block", block).permutation(len(places)))
 
 
 def describe(windows: list[Window]) -> list[dict[str, Any]]:
