@@ -16,7 +16,7 @@ from conftest import PASSPORT, make_store
 
 from toto.media.ledger import LedgerRow
 from toto.runtime.errors import ConfigError, InterruptedRunError, PassportError, StoreError
-from toto.runtime.files import read_json
+from toto.runtime.files import read_json, write_json
 from toto.tokens import shard_tools
 from toto.tokens.passport import Passport
 from toto.tokens.shard_export import export
@@ -32,7 +32,7 @@ from toto.tokens.shard_tools import (
     split,
     whole_id,
 )
-from toto.tokens.shards import TokenStore, finish_store, read_ledger, write_ledger
+from toto.tokens.shards import TokenStore, finish_store, read_ledger, read_splits, write_ledger, write_splits
 
 JOB = LedgerRow(id="job", kind="", status="ok")  # any dataclass is a record of options
 
@@ -81,6 +81,23 @@ def test_a_merged_store_holds_everything_of_its_parts(first, second, tmp_path):
     copied = merge([made], tmp_path / "copied", config=JOB, copy=True)
     assert (copied.folder / "frames-00001.npy").stat().st_nlink == 1
     assert content(copied) == content(made)
+
+
+def test_splits_and_the_order_of_classes_are_carried_along(first, second, tmp_path):
+    write_splits(first.folder, {item.id: "val" if place else "train" for place, item in enumerate(items_of(first))})
+    manifest = read_json(first.folder / "manifest.json", what="manifest")
+    write_json(first.folder / "manifest.json", manifest | {"classes": ["z", "x", "never"]})
+    first = TokenStore(first.folder)
+    made = merge([first, second], tmp_path / "made", config=JOB)
+    assert made.manifest["classes"][:3] == ["z", "x", "never"]
+    splits = read_splits(made.folder)
+    assert set(splits) == {item.id for item in items_of(made)}
+    assert {splits[item.id] for item in items_of(second)} == {None}
+    chosen = chosen_by_share(made, 0.5, seed=0)
+    parts = split(made, chosen, tmp_path / "a", tmp_path / "b", config=JOB)
+    for part in parts:
+        assert part.manifest["classes"] == made.manifest["classes"]
+        assert all(splits[name] == named for name, named in read_splits(part.folder).items())
 
 
 def test_ids_that_occur_twice_are_refused_or_prefixed(first, tmp_path):

@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from tyro.conf import Positional
 
@@ -35,7 +33,7 @@ from toto.media.reading import stream_item, stream_unit
 from toto.media.transforms import Box, apply_crop, crop_box, resize, shortest_side_to
 from toto.runtime.device import pick_device
 from toto.runtime.errors import ConfigError, InterruptedRunError, MediaError, ShortMediaError, TotoError
-from toto.runtime.files import read_json, remove_leftovers, write_json, written_aside
+from toto.runtime.files import read_json, remove_leftovers, write_json
 from toto.runtime.interrupt import StopRequest, stop_on_signal
 from toto.runtime.progress import Progress
 from toto.runtime.provenance import as_plain, write_provenance
@@ -49,16 +47,17 @@ from toto.tokens.shards import (
     StoredItem,
     TokenStore,
     finish_store,
+    read_splits,
     write_ledger,
     write_pixels,
     write_shard,
+    write_splits,
 )
 from toto.tokens.tokenizer import EMBEDDED, Arithmetic, Tokenizer, load_tokenizer
 
 PLAN = "plan.json"
 MOST_CODES = 2**16  # two bytes a token
-PARTS, SPLITS = "parts", "splits.parquet"
-SPLIT_SCHEMA = pa.schema([("id", pa.string()), ("split", pa.string())])
+PARTS = "parts"
 Unit = tuple[Item, ...]  # what is read in one pass: an item, or the windows of one file
 IMAGES_IN_SHARD = 16_384
 BYTES_IN_SHARD = 64_000_000
@@ -159,7 +158,6 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
     duplicates = find_duplicates(catalog.items)
     shards = cut(catalog)
     if _plan(config, passport, catalog) == "finished":
-        _order_classes(config.out, catalog)
         _tidy(config.out)
         return TokenStore(config.out)
     (config.out / PARTS).mkdir(exist_ok=True)
@@ -467,7 +465,9 @@ def _assemble(config: TokenizeConfig, passport: Passport, catalog: Catalog, part
     for row in (row for part in parts for row in part["items"]):
         items.append(StoredItem(first_frame=first, **row))
         first += row["frame_count"]
-    _write_splits(config.out, catalog, items)
+    split_of = {item.id: item.split for item in catalog.items}
+    splits = {item.id: split_of.get(item.id, split_of.get(item.id.rpartition("#")[0])) for item in items}
+    write_splits(config.out, splits)
     finish_store(
         config.out,
         passport=passport,
@@ -476,33 +476,14 @@ def _assemble(config: TokenizeConfig, passport: Passport, catalog: Catalog, part
         items=items,
         counts=counts,
         job=read_json(config.out / PLAN, what="tokenizing plan"),
+        classes=catalog.classes,
     )
-    _order_classes(config.out, catalog)
     _tidy(config.out)
-
-
-def _write_splits(out: Path, catalog: Catalog, kept: list[StoredItem]) -> None:
-    """Write which split each kept item is of, where the source names any."""
-    split_of = {item.id: item.split for item in catalog.items}
-    rows = [{"id": item.id, "split": split_of.get(item.id, split_of.get(item.id.rpartition("#")[0]))} for item in kept]
-    if any(row["split"] for row in rows):
-        with written_aside(out / SPLITS) as aside:
-            pq.write_table(pa.Table.from_pylist(rows, schema=SPLIT_SCHEMA), aside)
 
 
 def count_splits(out: Path) -> dict[str, int]:
     """How many items of a store are of each split; empty where its source named none."""
-    if not (out / SPLITS).exists():
-        return {}
-    names = pq.read_table(out / SPLITS).column("split").to_pylist()
-    return dict(sorted(Counter(name or "none" for name in names).items()))
-
-
-def _order_classes(out: Path, catalog: Catalog) -> None:
-    """Name all the source's classes in the manifest, in its own order; done again, it changes nothing."""
-    manifest = read_json(out / MANIFEST, what="shard manifest")
-    if catalog.classes is not None and manifest["classes"] != list(catalog.classes):
-        write_json(out / MANIFEST, manifest | {"classes": list(catalog.classes)})
+    return dict(sorted(Counter(name or "none" for name in read_splits(out).values()).items()))
 
 
 def _tidy(out: Path) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,10 +35,12 @@ from toto.tokens.shards import (
     finish_store,
     pixels_name,
     read_ledger,
+    read_splits,
     shard_name,
     write_ledger,
     write_pixels,
     write_shard,
+    write_splits,
 )
 
 Chosen = npt.NDArray[np.bool_]
@@ -125,11 +127,13 @@ def merge(
     _require_alike(stores, pixels)
     names = _names(stores) if prefix else [""] * len(stores)
     items, ledger = [], []
+    splits: dict[str, str | None] = {}
     first = 0
     for store, name in zip(stores, names, strict=True):
         rows = [replace(item, id=name + item.id, first_frame=first + item.first_frame) for item in items_of(store)]
         items += rows
         ledger += [replace(row, id=name + row.id) for row in read_ledger(store.folder)]
+        splits |= {name + item: split for item, split in read_splits(store.folder).items()}
         first += store.frame_count
     _require_single(items, stores)
     shards: list[dict[str, Any]] = []
@@ -151,7 +155,8 @@ def merge(
                 progress.advance()
                 _leave_if(stop, out)
         job = {"merged": [sha256_of(store.folder / MANIFEST) for store in stores]}
-        _finish(aside, stores[0], shards, items, ledger, job, config)
+        classes = _joined([store.manifest["classes"] for store in stores])
+        _finish(aside, stores[0], shards, items, ledger, job, config, splits, classes)
     return TokenStore(out)
 
 
@@ -188,7 +193,8 @@ def split(store: TokenStore, chosen: Chosen, out: Path, rest: Path, *, config: A
             for aside, mine, rows, name in parts:
                 shards, kept = _cut(store, [item for item, one in zip(items, mine, strict=True) if one], aside,
                                     progress, stop)  # fmt: skip
-                _finish(aside, store, shards, kept, rows, {"split": whole, "part": name}, config)
+                _finish(aside, store, shards, kept, rows, {"split": whole, "part": name}, config,
+                        read_splits(store.folder), store.manifest["classes"])  # fmt: skip
     return TokenStore(out), TokenStore(rest)
 
 
@@ -302,6 +308,12 @@ def _names(stores: list[TokenStore]) -> list[str]:
     ]
 
 
+def _joined(orders: list[list[str]]) -> list[str]:
+    """Class names of several stores: in the order they come, or by the alphabet where each has them so."""
+    names = list(dict.fromkeys(name for order in orders for name in order))
+    return sorted(names) if all(order == sorted(order) for order in orders) else names
+
+
 def _carry(source: Path, target: Path, copy: bool) -> None:
     if not copy:
         try:
@@ -350,10 +362,13 @@ def _finish(
     ledger: Iterable[LedgerRow],
     job: dict[str, Any],
     config: Any,
+    splits: Mapping[str, str | None],
+    classes: Sequence[str],
 ) -> None:
     rows = sorted(ledger, key=lambda row: row.id)
     write_ledger(aside, rows)
     write_provenance(aside, config)
+    write_splits(aside, {item.id: splits.get(item.id) for item in items})
     finish_store(
         aside,
         passport=like.passport,
@@ -362,6 +377,7 @@ def _finish(
         items=items,
         counts=count_by_status(rows),
         job=job,
+        classes=classes,
     )
 
 

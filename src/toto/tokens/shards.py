@@ -7,6 +7,7 @@ A store is a folder:
     pixels-NNNNN.npy   uint8 [F, H, W, 3], the frames that were tokenized; only where they were asked for
     items.parquet      a row per kept item: id, kind, label, first_frame, frame_count, fps, stride
     ledger.parquet     a row per offered input: id, kind, status, reason, frames
+    splits.parquet     a row per kept item: id, split; only where the source names splits
 
 Frames are stored at the tokenizing stride and windows are cut when they are read, so one store serves any T.
 """
@@ -14,7 +15,7 @@ Frames are stored at the tokenizing stride and windows are cut when they are rea
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,7 @@ from toto.runtime.files import read_json, sha256_of, write_json, written_aside
 from toto.tokens.passport import Passport
 
 FORMAT, VERSION = "toto-shards", 1
-MANIFEST, ITEMS, LEDGER = "manifest.json", "items.parquet", "ledger.parquet"
+MANIFEST, ITEMS, LEDGER, SPLITS = "manifest.json", "items.parquet", "ledger.parquet", "splits.parquet"
 FEW_RUNS, LARGE_RUN = 4, 2048  # from here on, one slice a run is faster than one index over all of them
 Codes = npt.NDArray[np.uint16]
 Pixels = npt.NDArray[np.uint8]
@@ -58,6 +59,7 @@ LEDGER_COLUMNS: dict[str, pa.DataType] = {
     "reason": pa.string(),
     "frames": pa.int64(),
 }
+SPLIT_SCHEMA = pa.schema([("id", pa.string()), ("split", pa.string())])
 ITEM_SCHEMA, LEDGER_SCHEMA = pa.schema(ITEM_COLUMNS), pa.schema(LEDGER_COLUMNS)
 
 
@@ -127,6 +129,7 @@ def finish_store(
     items: list[StoredItem],
     counts: dict[str, int],
     job: dict[str, Any],
+    classes: Sequence[str] | None = None,
 ) -> None:
     """Write the items and, last, the manifest that makes the store whole; the ledger is there by then."""
     _write_table(folder / ITEMS, ITEM_SCHEMA, items)
@@ -139,13 +142,34 @@ def finish_store(
             "stride": stride,
             "frames": sum(shard["frames"] for shard in shards),
             "items": len(items),
-            "classes": sorted({item.label for item in items if item.label is not None}),
+            "classes": in_order({item.label for item in items if item.label is not None}, classes or ()),
             "ledger": counts,
             "shards": shards,
             "tables": {name: sha256_of(folder / name) for name in (ITEMS, LEDGER)},
             "job": job,
         },
     )
+
+
+def in_order(labels: Collection[str], known: Sequence[str]) -> list[str]:
+    """Class names: those of a source's own order first, all of them, then other labels by the alphabet."""
+    return [*known, *sorted(set(labels) - set(known))]
+
+
+def write_splits(folder: Path, splits: Mapping[str, str | None]) -> None:
+    """Write which split each item is of, where any is named."""
+    if any(splits.values()):
+        rows = [{"id": name, "split": split} for name, split in splits.items()]
+        with written_aside(folder / SPLITS) as aside:
+            pq.write_table(pa.Table.from_pylist(rows, schema=SPLIT_SCHEMA), aside)
+
+
+def read_splits(folder: Path) -> dict[str, str | None]:
+    """The split of each item of a store by its id; empty where its source named none."""
+    if not (folder / SPLITS).exists():
+        return {}
+    table = pq.read_table(folder / SPLITS, schema=SPLIT_SCHEMA)
+    return {row["id"]: row["split"] for row in table.to_pylist()}
 
 
 class TokenStore:
