@@ -375,7 +375,7 @@ def test_the_verb_takes_values_of_the_recipe(pictures: Path, tmp_path: Path, cap
     assert main(words) == 0
     assert load_tokenizer(tmp_path / "run").vocab_size == 9
     for bad, said in (
-        (["--data", "a=b"], "share 'b' is not a number"),
+        (["--data", "a=b"], "weight 'b' is not a number"),
         (["--data", "a=0"], "not positive"),
         (["--model.levels", "1"], "at least 2 levels"),
         (["--steeps", "3"], "--steps"),

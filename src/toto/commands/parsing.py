@@ -52,14 +52,23 @@ def parse_source(text: str) -> SourceConfig:
     modality, colon, rest = text.partition(":")
     if not colon or modality not in ("image", "video"):
         modality, rest = "video", text
-    folder, equals, weight = rest.rpartition("=")
+    folder, weight = parse_weight(rest)
+    return SourceConfig(path=Path(folder), weight=weight, modality="image" if modality == "image" else "video")
+
+
+def parse_weight(text: str) -> tuple[str, float]:
+    """Read `FOLDER[=WEIGHT]`.
+
+    >>> parse_weight("photos=0.2")
+    ('photos', 0.2)
+    """
+    folder, equals, weight = text.rpartition("=")
     if not equals:
-        folder, weight = rest, "1"
+        return text, 1.0
     try:
-        share = float(weight)
+        return folder, float(weight)
     except ValueError:
         raise ConfigError(f"weight {weight!r} is not a number", where=text, fix="write FOLDER=0.2") from None
-    return SourceConfig(path=Path(folder), weight=share, modality="image" if modality == "image" else "video")
 
 
 def parse_change(

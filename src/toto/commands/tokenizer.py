@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from toto.commands import import_tokenizer, inspect_tokenizer
-from toto.commands.parsing import parse, take_word
+from toto.commands.parsing import parse, parse_weight, take_word
 from toto.recipes import tokenizer_recipe, tokenizer_recipes
 from toto.runtime.errors import ConfigError
 from toto.training.tokenizer import TokenizerTrainConfig, train_tokenizer
@@ -101,15 +101,9 @@ def sources(folders: tuple[str, ...], stride: int) -> tuple[Source, ...]:
         raise ConfigError(f"must be at least 1, is {stride}", where="--data-stride")
     found = []
     for text in folders:
-        folder, equals, share = text.rpartition("=")
-        if not equals:
-            folder, share = text, "1"
-        try:
-            weight = float(share)
-        except ValueError:
-            raise ConfigError(f"share {share!r} is not a number", where=text, fix="write FOLDER=0.2") from None
+        folder, weight = parse_weight(text)
         if not weight > 0:
-            raise ConfigError(f"share {share} is not positive", where=text, fix="leave the folder out")
+            raise ConfigError(f"share {weight:g} is not positive", where=text, fix="leave the folder out")
         found.append(Source(name=Path(folder).name or folder, where=folder, stride=stride, share=weight))
     names = [source.name for source in found]
     if len(set(names)) < len(names):
