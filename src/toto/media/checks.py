@@ -106,6 +106,7 @@ class _Meter:
         self.resize_seconds = 0.0
 
     def add(self, clip: Clip) -> None:
+        """The next frames."""
         began = time.perf_counter()
         square(clip.frames, self.config.size)
         self.resize_seconds += time.perf_counter() - began
@@ -117,6 +118,7 @@ class _Meter:
         self.last = int(clip.indices[-1])
 
     def result(self, decode_seconds: float, wrong: MediaError | None) -> Checked:
+        """What all frames together say, or what was wrong."""
         short = f"{self.frames} frames at stride {self.config.stride}, fewer than {self.config.min_frames}"
         status: Status = wrong.status if wrong else "ok"
         reason = wrong.what if wrong else ""

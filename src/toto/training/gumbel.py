@@ -118,14 +118,16 @@ class GumbelLearner(Learner):
             rebuilt=unsqueezed(torch.sigmoid(location.detach())) * 2 - 1,
             codes=codes.flatten(),
             gradients=gradients(loss, self.parameters),
-            carried=self._carried(features.detach(), mixed.detach(), codes),
+            carried=self._carried(features.detach(), mixed.detach(), codes) if self._places(moment.step) else None,
             values={"likelihood": likelihood.detach(), "kl": divergence.detach()},
         )
 
-    def _carried(self, features: Tensor, mixed: Tensor, codes: Tensor) -> Tensor | None:
+    def _places(self, step: int) -> bool:
+        """Whether codes may be placed after this step."""
+        return bool(self.config.dead_below) if self.quantised(step) else step == self.config.begin_step - 1
+
+    def _carried(self, features: Tensor, mixed: Tensor, codes: Tensor) -> Tensor:
         """What codes are placed with: a cell's features, what the decoder got of it, and its code."""
-        if not (self.config.begin_step or self.config.dead_below):
-            return None
         with torch.no_grad(), torch.autocast(mixed.device.type, enabled=False):
             got = F.conv2d(mixed, self.network.decoder.first.weight)
         return torch.cat([features, got, codes.to(got.dtype)], dim=1).movedim(1, -1).flatten(0, 2)
@@ -133,15 +135,14 @@ class GumbelLearner(Learner):
     @torch.no_grad()
     def after(self, parts: Sequence[Part], moment: Moment, rng: np.random.Generator) -> dict[str, float]:
         """Place all codes where it is time to, and give dead ones another place from then on."""
-        cells = torch.cat([part.carried for part in parts if part.carried is not None] or [torch.empty(0)])
+        if not self._places(moment.step):
+            return {}
+        cells = torch.cat([part.carried for part in parts if part.carried is not None])
         if not self.quantised(moment.step):
-            if moment.step == self.config.begin_step - 1:
-                self._place(cells, rng)
+            self._place(cells, rng)
             return {}
         codes = torch.cat([part.codes for part in parts])
         self.count.lerp_(torch.bincount(codes, minlength=len(self.count)).to(self.count), 1 - self.config.decay)
-        if not self.config.dead_below:
-            return {}
         dead = self.count < self.config.dead_below * len(codes) / len(self.count)
         self._revive(dead, cells, rng)
         return {"codes_revived": float(dead.sum())}
