@@ -1,15 +1,19 @@
-"""All benchmarks: `python -m benchmarks`, or `python -m benchmarks decoder reading`. Each prints a table."""
+"""All benchmarks: `python -m benchmarks`, or `python -m benchmarks decoder reading`. Each prints a table.
+
+Options after the names are the benchmarks' own.
+"""
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 
-ALL = ("reading", "decoder", "tokenizer", "encoding")
+ALL = ("reading", "online", "decoder", "baselines", "tokenizer", "encoding", "decoding", "tokenizing")
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(ALL)
+    names = list(itertools.takewhile(lambda word: not word.startswith("--"), sys.argv[1:])) or list(ALL)
     if unknown := sorted(set(names) - set(ALL)):
         raise SystemExit(f"unknown benchmarks {unknown}; there are {', '.join(ALL)}")
     for name in names:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.timing import HEADER, interleaved, row
 from toto.model.config import ModelConfig
+from toto.model.llama import llama_config, llama_weights
 from toto.model.transformer import Transformer
 from toto.training.objective import next_token_loss
 
@@ -40,38 +41,9 @@ def pair(config: ModelConfig) -> tuple[Transformer, transformers.LlamaForCausalL
     """Our decoder and a Llama with its weights."""
     torch.manual_seed(0)
     model = Transformer(config)
-    theirs = transformers.LlamaConfig(
-        vocab_size=config.vocabulary,
-        hidden_size=config.width,
-        intermediate_size=config.mlp_hidden,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
+    theirs = transformers.LlamaConfig(**llama_config(config, context=8192) | {"eos_token_id": None})
     llama = transformers.LlamaForCausalLM(theirs)
-    state = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
-    state["lm_head.weight"] = model.head.weight
-    for number, block in enumerate(model.blocks):
-        parts = {
-            "input_layernorm": block.attention_norm.weight,
-            "post_attention_layernorm": block.mlp_norm.weight,
-            "self_attn.o_proj": block.attention.out.weight,
-            "mlp.down_proj": block.mlp.down.weight,
-        }
-        parts |= dict(
-            zip(
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                block.attention.qkv.weight.chunk(3),
-                strict=True,
-            )
-        )
-        parts |= dict(zip(("mlp.gate_proj", "mlp.up_proj"), block.mlp.gate_up.weight.chunk(2), strict=True))
-        state |= {f"model.layers.{number}.{part}.weight": weight for part, weight in parts.items()}
-    llama.load_state_dict(state)
+    llama.load_state_dict(llama_weights(model))
     return model, llama
 
 

@@ -24,8 +24,9 @@ from benchmarks.timing import HEADER, interleaved, row
 from toto.media.decode import Kind
 from toto.tokens.passport import Passport
 from toto.tokens.shards import StoredItem, finish_store, shard_name, write_ledger, write_shard
-from toto.training.mixture import Mixture, SourceConfig
+from toto.training.mixture import Mixture
 from toto.training.prefetch import ReadAhead
+from toto.training.source import SourceConfig
 
 ITEMS, FRAMES, T, GRID, BATCH, BATCHES = 200, 1000, 16, (16, 16), 64, 160
 IMAGES = 50_000
@@ -35,15 +36,18 @@ PASSPORT = Passport(
 )
 START = """
 import json, re, sys, time
-from toto.training.mixture import Mixture, SourceConfig
-def peak():
-    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024
-before, began = peak(), time.perf_counter()
+from toto.training.mixture import Mixture
+from toto.training.source import SourceConfig
+def memory():
+    peak = re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]
+    own = re.search(r"Anonymous:\\s*(\\d+)", open("/proc/self/smaps_rollup").read())[1]
+    return int(peak) / 1024, int(own) / 1024
+before, began = memory(), time.perf_counter()
 mixture = Mixture((SourceConfig(path=sys.argv[1], weight=1),), frames=16, seed=0)
 opened = time.perf_counter() - began
 mixture.batch(0, 64).sequences()
 first = time.perf_counter() - began
-print(json.dumps([opened, first, before, peak()]))
+print(json.dumps([opened, first, *before, *memory()]))
 """
 
 
@@ -154,22 +158,36 @@ class Ways:
                 out[slot] = raw[start : start + T]
             yield out
 
+    def ours(self, mixture: Mixture, workers: int, *, sequences: bool = False) -> Iterator[object]:
+        """The batches as training takes them."""
+
+        def make(step: int) -> object:
+            batch = mixture.batch(step, BATCH)
+            return batch.sequences() if sequences else batch
+
+        with closing(ReadAhead(make, end=BATCHES, workers=workers)) as ahead:
+            for step in range(BATCHES):
+                yield ahead.take(step)
+
     def raw(self) -> np.ndarray:
         return np.load(self.file, mmap_mode="r")
 
     def check(self) -> None:
         """Compare every batch of all ways."""
         mixture = self.mixture()
-        with closing(ReadAhead(lambda step: mixture.batch(step, BATCH).sequences(), end=BATCHES)) as ahead:
-            for step, expected in enumerate(self.plain(self.raw(), np.uint16)):
+        for workers in (0, 1, 2):
+            made = self.ours(mixture, workers, sequences=True)
+            for step, (sequences, expected) in enumerate(zip(made, self.plain(self.raw(), np.uint16), strict=True)):
+                assert isinstance(sequences, torch.Tensor)
                 batch = mixture.batch(step, BATCH)
                 assert np.array_equal(batch.codes, expected)
                 codes = expected.reshape(BATCH, -1).astype(np.int64)
-                assert np.array_equal(batch.sequences()[:, 1:-1].numpy(), codes + 4)
-                assert ahead.take(step).equal(batch.sequences())
+                assert np.array_equal(sequences[:, 1:-1].numpy(), codes + 4)
+                assert sequences.equal(batch.sequences())
 
 
 def warm(ways: Ways) -> dict[str, list[float]]:
+    """Everything is in memory and mapped; batches are used as fast as they come."""
     mixture, raw = ways.mixture(), ways.raw()
 
     def through(batches: Iterator[object]) -> None:
@@ -179,26 +197,32 @@ def warm(ways: Ways) -> dict[str, list[float]]:
     return interleaved(
         {
             "numpy memory map, uint16": lambda: through(ways.plain(raw, np.uint16)),
-            "`Mixture.batch`, uint16": lambda: through(mixture.batch(step, BATCH) for step in range(BATCHES)),
+            "`Mixture.batch`, uint16, 0 workers": lambda: through(ways.ours(mixture, 0)),
+            "`Mixture.batch`, uint16, 2 workers": lambda: through(ways.ours(mixture, 2)),
             "numpy memory map, int64": lambda: through(ways.plain(raw, np.int64)),
-            "`Mixture.batch`, as sequences of ids": lambda: through(
-                mixture.batch(step, BATCH).sequences() for step in range(BATCHES)
-            ),
+            "`Mixture.batch`, as sequences of ids, 0 workers": lambda: through(ways.ours(mixture, 0, sequences=True)),
+            "`Mixture.batch`, as sequences of ids, 2 workers": lambda: through(ways.ours(mixture, 2, sequences=True)),
         }
     )
 
 
 def cold(ways: Ways) -> dict[str, list[float]]:
+    """Nothing is in the system's cache; stores are opened anew."""
+
     def plain() -> None:
         for _ in ways.plain(ways.raw(), np.uint16):
             pass
 
-    def ours() -> None:
-        mixture = ways.mixture()
-        for step in range(BATCHES):
-            mixture.batch(step, BATCH)
+    def ours(workers: int) -> None:
+        for _ in ways.ours(ways.mixture(), workers):
+            pass
 
-    return _cold({"numpy memory map, uint16": plain, "`Mixture.batch`, uint16": ours}, ways)
+    named: dict[str, Callable[[], None]] = {
+        "numpy memory map, uint16": plain,
+        "`Mixture.batch`, uint16, 0 workers": lambda: ours(0),
+        "`Mixture.batch`, uint16, 2 workers": lambda: ours(2),
+    }
+    return _cold(named, ways)
 
 
 def beside_work(ways: Ways) -> dict[str, list[float]]:
@@ -252,7 +276,7 @@ def main() -> None:
         ):
             if measure is not warm and not hasattr(os, "posix_fadvise"):
                 continue
-            print(f"Windows of {T} x 256 tokens, batches of {BATCH}, one thread, {name}\n\n{HEADER}")
+            print(f"Windows of {T} x 256 tokens, batches of {BATCH}, {name}\n\n{HEADER}")
             for way, taken in measure(ways).items():
                 print(row(way, taken, units=BATCH * BATCHES, unit="windows"), flush=True)
             print()
@@ -264,10 +288,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_large_store(Path(scratch) / "store")
         found = [_start(folder) for _ in range(5)]
-    opened, first, before, peak = sorted(found, key=lambda each: each[1])[len(found) // 2]
+    opened, first, before, own_before, peak, own = sorted(found, key=lambda each: each[1])[len(found) // 2]
     print(
-        f"100 million frames, {LARGE_ITEMS:,} items, {LARGE_FILES:,} files: opened in {opened:.2f} s, "
-        f"the first batch after {first:.2f} s; {peak - before:.0f} MB above the {before:.0f} MB of the imports"
+        f"100 million frames, {LARGE_ITEMS:,} items, {LARGE_FILES:,} files: opened in {opened:.2f} s, the first batch "
+        f"after {first:.2f} s\nMemory at its peak: {peak - before:.0f} MB above the {before:.0f} MB of the imports; of "
+        f"what is in memory, {own - own_before:.0f} MB of {own:.0f} MB are no mapped files"
     )
 
 

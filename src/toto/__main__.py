@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
 import traceback
 
-from toto.runtime.errors import ConfigError, InterruptedRunError, TotoError
+from toto.runtime.errors import ConfigError, InterruptedRunError, StorageError, TotoError
+from toto.runtime.files import UNWRITABLE
 
 VERBS = {
     "demo": "everything below on the embedded sample, offline, in minutes",
     "doctor": "what is wrong with this data, and what tokenizing it will take",
     "tokenize": "images and videos -> shards of tokens",
     "shards": "look into stores of tokens, check, merge, split or export them",
+    "plan": "parameters, FLOPs, memory, hours and storage of a run, before it is run",
     "train": "pre-train a model on shards, or continue",
     "evaluate": "probe, bits or patches: what a checkpoint knows, as numbers",
     "generate": "continue a video, or dream one",
+    "export": "a checkpoint as a Llama for transformers, or back; onto the hub",
     "tokenizer": "train or inspect a tokenizer",
 }
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
@@ -79,6 +83,9 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, TotoError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
+        if error.errno in UNWRITABLE and error.errno not in (errno.EACCES, errno.EPERM):  # those may be about reading
+            what, fix = UNWRITABLE[error.errno]
+            return str(StorageError(f"can't be written: {what}", where=error.filename or "a file", fix=fix))
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror.lower()}; check the path, its permissions and the disk"
     if isinstance(error, MemoryError):

@@ -62,7 +62,7 @@ def test_tokenizing_prints_the_ledger_and_the_reasons(media_folder, tokenizer_fo
     words = ["--tokenizer", tokenizer_folder, "--size", 32, "--workers", 0]
     assert run("tokenize", tmp_path / "in", "--out", tmp_path / "out", *words) == 0
     printed = capsys.readouterr().out
-    assert "1 ok, 1 corrupt of 2 offered" in printed
+    assert f"offered 2: 1 ok, 1 corrupt (ledger: {tmp_path / 'out' / 'ledger.parquet'})" in printed
     assert "bad.mp4: video can't be decoded" in printed
 
 
@@ -72,8 +72,9 @@ def test_training_evaluating_and_generating_from_the_shell(trained, shards, medi
     assert run("evaluate", "bits", "--checkpoint", trained, "--train", shards, "--heldout", shards,
                "--out", tmp_path / "bits.json") == 0  # fmt: skip
     assert load_result(tmp_path / "bits.json").metrics["unigram_bits"].value > 0
-    assert run("evaluate", "probe", "--checkpoint", trained, "--data", "procedural", "--clips", 12, "--probe.epochs", 2,
-               "--probe.heads", 2, "--tokenizer", tokenizer_folder, "--out", tmp_path / "probe.json") == 0  # fmt: skip
+    assert run("evaluate", "probe", "--checkpoint", trained, "--data", "procedural", "--procedural-clips", 12,
+               "--probe.epochs", 2, "--probe.heads", 2, "--tokenizer", tokenizer_folder,
+               "--out", tmp_path / "probe.json") == 0  # fmt: skip
     probe = load_result(tmp_path / "probe.json")
     assert len(probe.details["by_layer"]) == 6
     assert probe.metrics["chance"].value == pytest.approx(1 / 6)
@@ -83,7 +84,8 @@ def test_training_evaluating_and_generating_from_the_shell(trained, shards, medi
         assert run("generate", "--checkpoint", trained, "--out", out, "--frames", 3, "--samples", 2,
                    "--tokenizer", tokenizer_folder, *prompt) == 0  # fmt: skip
         made = {path.name for path in out.iterdir()}
-        assert made == {"made.json"} | {f"sample-{n}.{end}" for n in (0, 1) for end in ("mp4", "gif", "png")}
+        read = {"ledger.parquet"} if prompt else set()
+        assert made == {"made.json"} | read | {f"sample-{n}.{end}" for n in (0, 1) for end in ("mp4", "gif", "png")}
     folder_probe = ["--data", media_folder, "--tokenizer", tokenizer_folder, "--probe.epochs", 1, "--probe.heads", 2]
     assert run("evaluate", "probe", "--checkpoint", trained, *folder_probe) == 2  # images and videos mixed
 

@@ -64,12 +64,17 @@ def test_everything_wrong_is_found_and_the_exit_code_says_so(sick, tmp_path, tok
     assert found["not media"]["count"] == 1
     assert found["smaller than --size"]["examples"] == ["other/long.jpg: 400 x 32"]
     assert found["long and narrow"]["count"] == 1
+    assert report["ledger"]["counts"] == {"ok": 5, "short": 1, "duplicate": 1, "corrupt": 1, "skipped": 1}
+    assert {row["id"] for row in report["ledger"]["rows"]} == {
+        "Yawning/s.mp4", "yawning/twin.mp4", "yawning/bad.mp4", "yawning/notes.txt",
+    }  # fmt: skip
     assert report["codecs"]["h264"]["items"] == 6
     assert report["codecs"]["h264"]["frames_per_second"] > 1
     assert report["codecs"]["jpeg"]["items"] == 1
     printed = capsys.readouterr().out
     assert "problems found: unreadable, short, duplicate, label spelled in two ways" in printed
     assert "yawning/bad.mp4" in printed
+    assert f"offered 9: 5 ok, 1 short, 1 duplicate, 1 corrupt, 1 skipped (ledger: {out})" in printed
     assert "tokens" in printed
 
 

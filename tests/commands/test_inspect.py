@@ -15,7 +15,7 @@ from toto.commands.inspect_tokenizer import Allowance, InspectOptions, Spread, e
 from toto.runtime.errors import ConfigError
 from toto.tokens.passport import Passport
 from toto.tokens.quality import reconstruction_report
-from toto.tokens.shards import TokenStore
+from toto.tokens.shards import TokenStore, read_ledger
 from toto.tokens.tokenizer import load_tokenizer
 from toto.tokens.vqvae import VQVAE, StackConfig, VQVAEConfig, VQVAETokenizer
 
@@ -65,11 +65,13 @@ def test_media_side_by_side(broken_media, tokenizer, tokenizer_folder, other_fol
     both = ["--tokenizer", tokenizer_folder, other_folder]
     assert inspect("--data", broken_media, *both, "--size", 32, "--stride", 8, "--out", out) == 0
     printed = capsys.readouterr()
-    assert "10 ok, 1 corrupt, 2 skipped of 13 offered; looked at 38 of 38 frames of 10 items" in printed.out
+    assert "looked at 38 of 38 frames of 10 items" in printed.out
+    assert f"offered 13: 10 ok, 1 corrupt, 2 skipped (ledger: {out / 'ledger.parquet'})" in printed.out
+    assert len(read_ledger(out)) == 13
     assert "bad.mp4: video can't be decoded" in printed.out
     assert tokenizer_folder.name in printed.out
     assert f"warning: {tokenizer_folder.name}: only 18 of 64 codes occur" in printed.err
-    assert {path.name for path in out.iterdir()} == {"made.json", "inspection.json", "index.html"}
+    assert {path.name for path in out.iterdir()} == {"made.json", "inspection.json", "index.html", "ledger.parquet"}
     found = figures(out)
     assert (found["format"], found["version"]) == ("toto-inspection", 1)
     assert [each["name"] for each in found["tokenizers"]] == [tokenizer_folder.name, "small"]
@@ -161,6 +163,7 @@ def test_few_frames_are_spread_over_the_items(media_folder, tokenizer_folder, ca
     printed = capsys.readouterr().out
     assert "looked at 3 frames of 3 items (" in printed
     assert "7 items were left out" in printed
+    assert "offered 10: 3 ok, 7 skipped" in printed
 
 
 def test_the_same_name_is_numbered_and_small_frames_have_no_ssim(tokenizer_folder, tmp_path, capsys):
@@ -178,8 +181,10 @@ def test_the_same_name_is_numbered_and_small_frames_have_no_ssim(tokenizer_folde
 def test_the_sample_is_looked_at_in_two_parts(tokenizer_folder, capsys):
     assert inspect("--tokenizer", tokenizer_folder, "--size", 16, "--frames", 14) == 0
     printed = capsys.readouterr().out
-    assert "held-out scenes: 14 ok of 14 offered; looked at 14 frames of 14 items (14 of them have more" in printed
-    assert "held-out photographs: 8 ok of 8 offered; looked at 8 of 8 frames of 8 items" in printed
+    assert "held-out scenes: looked at 14 frames of 14 items (14 of them have more" in printed
+    assert "held-out scenes: offered 14: 14 ok\n" in printed
+    assert "held-out photographs: looked at 8 of 8 frames of 8 items" in printed
+    assert "held-out photographs: offered 8: 8 ok\n" in printed
 
 
 def test_what_is_wrong_is_one_line(media_folder, tokenizer_folder, video_store, tmp_path, capsys):

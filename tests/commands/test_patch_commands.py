@@ -58,8 +58,8 @@ def test_patch_patch_from_pixels_to_numbers(shards, media_folder, tmp_path, caps
     assert run(*evaluate, kept, "--out", tmp_path / "patches.json") == 0
     assert "squared error of normalised patches" in capsys.readouterr().out
     assert load_result(tmp_path / "patches.json").metrics["mean_error"].value < 1
-    assert run("evaluate", "probe", "--checkpoint", out, "--data", "procedural", "--clips", 12, "--probe.epochs", 1,
-               "--probe.heads", 2, "--out", tmp_path / "probe.json") == 0  # fmt: skip
+    assert run("evaluate", "probe", "--checkpoint", out, "--data", "procedural", "--procedural-clips", 12,
+               "--probe.epochs", 1, "--probe.heads", 2, "--out", tmp_path / "probe.json") == 0  # fmt: skip
     assert len(load_result(tmp_path / "probe.json").details["by_layer"]) == 6
     line = refused(capsys, "evaluate", "bits", "--checkpoint", out, "--train", kept, "--heldout", kept)
     assert "predicts pixels, not codes; use `toto evaluate patches`" in line

@@ -41,7 +41,7 @@ def test_info_for_people_and_programs(run, shards):
     assert code == 0
     assert "10 (6 videos, 4 images)" in said
     assert "2: fast (5), slow (5)" in said
-    assert "10 ok of 10 offered" in said
+    assert "offered 10: 10 ok (ledger: " in said
     code, said, _ = run("info", shards, "--json")
     assert json.loads(said)[0]["items"] == 10
 

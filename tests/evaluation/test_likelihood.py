@@ -16,7 +16,7 @@ from toto.model.transformer import Transformer
 from toto.runtime.errors import ConfigError, TotoError
 from toto.tokens.sequence import pack
 from toto.tokens.shards import TokenStore
-from toto.training.mixture import SourceConfig
+from toto.training.source import SourceConfig
 
 
 @pytest.fixture

@@ -19,11 +19,13 @@ from toto.tokens.patches import normalised, patchify
 from toto.tokens.sequence import pack
 from toto.training.config import DataConfig, TrainConfig
 from toto.training.loop import train
-from toto.training.mixture import SourceConfig, Window
+from toto.training.source import SourceConfig, Window
 
 MODEL = ModelConfig(
     vocab_size=36, width=32, layers=2, heads=2, mlp_hidden=48, inputs="patches", targets="pixels", patch_values=192
 )
+
+PARTS = ("", "_first_frame", "_later_frames")
 
 
 def model_of(targets):
@@ -113,9 +115,11 @@ def test_records_hold_errors_and_baselines_with_intervals(runs, pixel_store, vid
     source = (SourceConfig(path=pixel_store, weight=1),)
     result = patch_errors(runs["pixels"], heldout=source, precision="fp32")
     assert result.task == "patches"
-    assert result.evaluated == 19
-    assert {f"{name}_error{part}" for name in ("model", "mean", "copy") for part in
-            ("", "_first_frame", "_later_frames")} | {"gain_over_copy_later_frames"} == set(result.metrics)  # fmt: skip
+    assert result.protocol["windows"] == 19
+    assert (result.offered, result.evaluated, result.failed, result.skipped) == (15, 5, 1, 9)
+    errors = {f"{name}_error{part}" for name in ("model", "mean", "copy") for part in PARTS}
+    assert errors | {"gain_over_copy_later_frames", "missing_share"} == set(result.metrics)
+    assert result.metrics["missing_share"].value == pytest.approx(1 / 6)  # a video of 3 frames
     error = result.metrics["model_error"]
     assert error.low <= error.value <= error.high
     assert result.metrics["mean_error"].value == pytest.approx(0.995, abs=0.001)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_photo, make_video
 
-from toto.evaluation.labelled import extract, folder_clips, procedural_clips, split_by_share
+from toto.evaluation.labelled import catalog_clips, extract, procedural_clips, split_by_share
 from toto.evaluation.probe import AttentionHead, Features, ProbeConfig, chosen, train_heads, train_probes
 from toto.media.procedural import MOTIONS
 from toto.runtime.errors import ConfigError
@@ -100,26 +100,26 @@ def test_unreadable_clips_are_counted_never_replaced(tmp_path, batch):
             make_video(tmp_path / label / f"{number}.mp4", frames=20, size=32, number=number)
     (tmp_path / "a" / "1.mp4").write_text("broken")
     make_video(tmp_path / "b" / "2.mp4", frames=5, size=32)
-    clips = folder_clips(tmp_path, frames=4, stride=4)
+    clips = catalog_clips(str(tmp_path), frames=4, stride=4)
     found = extract(CountingBackbone(), clips, batch=batch)
     assert found.features.labels.tolist() == [0, 0, 1, 1]
     assert len(found.features.by_layer[0]) == 4
-    assert [(row.id, row.status) for row in found.failed] == [("a/1.mp4", "corrupt"), ("b/2.mp4", "short")]
+    assert [(row.id, row.status) for row in found.unused] == [("a/1.mp4", "corrupt"), ("b/2.mp4", "short")]
 
 
 def test_folders_that_are_no_classes_are_refused(tmp_path):
     make_photo(tmp_path / "a" / "x.jpg")
     make_photo(tmp_path / "loose.jpg")
-    with pytest.raises(ConfigError, match="lie in no class folder"):
-        folder_clips(tmp_path, frames=4, stride=4)
+    with pytest.raises(ConfigError, match=r"1 items have no label .*sort them by class"):
+        catalog_clips(str(tmp_path), frames=4, stride=4)
     (tmp_path / "loose.jpg").unlink()
     make_video(tmp_path / "b" / "v.mp4", frames=4, size=32)
     with pytest.raises(ConfigError, match="images and videos"):
-        folder_clips(tmp_path, frames=4, stride=4)
+        catalog_clips(str(tmp_path), frames=4, stride=4)
     (tmp_path / "b" / "v.mp4").unlink()
     make_photo(tmp_path / "b" / "y.jpg")
     with pytest.raises(ConfigError, match="classes b are not among"):
-        folder_clips(tmp_path, frames=4, stride=4, classes=("a", "c"))
+        catalog_clips(str(tmp_path), frames=4, stride=4, classes=("a", "c"))
 
 
 def test_a_split_holds_back_some_of_every_class_and_shares_nothing():

@@ -202,7 +202,7 @@ def test_windows_of_a_video_are_its_frames_and_are_decoded_once(clip, monkeypatc
     windows = [Window(start=0.5, end=1.5), Window(start=1.0, end=2.0, offset=1), Window(start=3.0, end=None)]
     windows += [Window(start=90.0, end=95.0)]
     opened = []
-    monkeypatch.setattr("toto.media.decode._stream_windows", counting(opened, "toto.media.decode", "_stream_windows"))
+    monkeypatch.setattr("toto.media.windows._read", counting(opened, "toto.media.windows", "_read"))
     got: dict[int, list] = {}
     for number, made in stream_windows(clip, windows, stride=2):
         got.setdefault(number, []).append(made)

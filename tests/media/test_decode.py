@@ -133,7 +133,7 @@ def test_files_that_are_no_video_are_refused_in_one_line(tmp_path):
 
 
 def test_a_video_that_declares_a_huge_picture_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("toto.media.decode.MAX_PIXELS", 48 * 64 - 1)
+    monkeypatch.setattr("toto.media.limits.MAX_VIDEO_PIXELS", 48 * 64 - 1)
     with pytest.raises(MediaError, match="declares 64 x 48 pixels"):
         read_media(numbered_video(tmp_path / "v.mp4", frames=2))
 

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from toto.media import procedural, sample
+from toto.media import procedural, sample, transforms
 from toto.media.catalog import find_duplicates, list_source
 from toto.media.clip import Clip
 from toto.media.decode import read_media
-from toto.media.ledger import LedgerRow, count_by_status, summary
+from toto.media.ledger import LedgerRow, count_by_status, summary, unused
 from toto.media.sampling import clip_indices, span, start_count, strided_count, tiling
 from toto.media.transforms import crop_box, resize, shortest_side_to, square
 from toto.runtime.errors import ConfigError, MediaError
@@ -125,7 +125,10 @@ def test_the_catalog_lists_in_order_with_labels_and_finds_twins(tmp_path):
 
 def test_the_ledger_counts_everything_that_was_offered():
     rows = [LedgerRow(id=str(n), kind="video", status=status) for n, status in enumerate(["ok", "ok", "corrupt"])]
-    assert summary(count_by_status(rows)) == "2 ok, 1 corrupt of 3 offered"
+    assert summary(count_by_status(rows)) == "offered 3: 2 ok, 1 corrupt"
+    assert summary({}, "a/ledger.parquet") == "offered 0: 0 ok (ledger: a/ledger.parquet)"
+    assert unused(rows, most=0, rest_in="there") == ["  and 1 more in there"]
+    assert unused(rows) == ["  corrupt   2: "]
 
 
 def test_the_sample_is_whole_and_its_splits_share_nothing():
@@ -150,3 +153,19 @@ def test_sample_scenes_decode_and_no_heldout_frame_is_a_training_frame():
     assert all(len(clip) >= 2 for clip in itertools.chain(*small.values()))
     with pytest.raises(MediaError):
         read_media(sample.sample_folder() / "ATTRIBUTION.md")
+
+
+def test_a_crop_is_the_same_made_at_once_or_frame_by_frame(monkeypatch):
+    frames = torch.randint(0, 256, (7, 24, 61, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
+    whole = square(frames, 16)
+    monkeypatch.setattr(transforms, "RESIZED_AT_ONCE", 2 * 16 * 41)
+    assert square(frames, 16).equal(whole)
+    monkeypatch.setattr(transforms, "RESIZED_AT_ONCE", 1)
+    assert square(frames, 16).equal(whole)
+
+
+def test_what_would_be_huge_once_resized_is_refused_before_memory_is_taken():
+    narrow = torch.zeros(1, 8, 400_000, 3, dtype=torch.uint8)
+    with pytest.raises(MediaError, match="too long and narrow: 6400000 x 128 pixels once resized"):
+        square(narrow, 128)
+    assert square(narrow, 8).shape == (1, 8, 8, 3)

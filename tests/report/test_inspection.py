@@ -66,7 +66,7 @@ def test_the_page_stands_alone_and_shows_every_tokenizer(part, tmp_path):
     assert "sec<ond" not in page
     assert len(re.findall(r"<figure>", page)) == 2
     assert len(re.findall(r"<svg", page)) == 3 + 2
-    assert "1 items could not be read" in page
+    assert "1 inputs could not be read" in page
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
 
 

@@ -19,10 +19,11 @@ from conftest import make_photo, make_video
 from PIL import Image
 
 from toto.__main__ import main
+from toto.media import transforms
 from toto.media.decode import read_media
 from toto.media.transforms import square
 from toto.runtime.errors import ConfigError, InterruptedRunError, MediaError, TotoError
-from toto.tokens import extract
+from toto.tokens import encoding, extract, parallel
 from toto.tokens.extract import TokenizeConfig, tokenize
 from toto.tokens.fsq import FSQ, FSQConfig, FSQTokenizer
 from toto.tokens.shards import TokenStore, read_ledger
@@ -68,7 +69,7 @@ def test_same_bytes_at_any_number_of_workers(media_folder, tmp_path, tokenizer_f
     assert contents(tmp_path / "alone") == contents(tmp_path / "pool")
 
 
-def test_every_input_has_a_ledger_row(tmp_path, tokenizer_folder):
+def test_every_input_has_a_ledger_row(tmp_path, tokenizer_folder, monkeypatch):
     source = tmp_path / "source"
     make_video(source / "good.mp4")
     make_video(source / "short.mp4", frames=5)
@@ -76,10 +77,13 @@ def test_every_input_has_a_ledger_row(tmp_path, tokenizer_folder):
     (source / "text.mp4").write_text("this is not a video\n" * 100)
     (source / "zero.mp4").write_bytes(b"")
     (source / "cut.mp4").write_bytes((source / "good.mp4").read_bytes()[:-3000])
+    shutil.copy(source / "cut.mp4", source / "cut_too.mp4")
     (source / "notes.txt").write_text("hello")
     Image.new("RGB", (1, 1)).save(source / "dot.png")
+    Image.new("RGB", (200_000, 8)).save(source / "narrow.png")
     make_photo(source / "photo.jpg")
     (source / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    monkeypatch.setattr(transforms, "MAX_PIXELS", 2_000_000)
     store = tokenize(config(source, tmp_path / "out", tokenizer_folder))
     found = {row.id: row.status for row in read_ledger(store.folder)}
     assert found == {
@@ -91,10 +95,14 @@ def test_every_input_has_a_ledger_row(tmp_path, tokenizer_folder):
         "text.mp4": "corrupt",
         "zero.mp4": "corrupt",
         "cut.mp4": "corrupt",
+        "cut_too.mp4": "corrupt",
+        "narrow.png": "corrupt",
         "gone.mp4": "corrupt",
         "notes.txt": "skipped",
     }
-    assert all(row.reason for row in read_ledger(store.folder) if row.status != "ok")
+    reasons = {row.id: row.reason for row in read_ledger(store.folder) if row.status != "ok"}
+    assert all(reasons.values())
+    assert reasons["cut_too.mp4"] == "the same bytes as cut.mp4, which is corrupt"
     assert store.table.column("id").to_pylist() == ["good.mp4", "photo.jpg"]
 
 
@@ -111,7 +119,7 @@ def test_a_second_run_finds_the_store_finished(media_folder, tmp_path, tokenizer
     tokenize(job)
     before = contents(tmp_path / "out")
     (tmp_path / "out" / "plan.json").write_text("{}")  # as after a kill between the manifest and the tidying
-    monkeypatch.setattr(extract, "encode_item", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(parallel, "encode", lambda *_, **__: pytest.fail("read again"))
     tokenize(job)
     assert contents(tmp_path / "out") == before
 
@@ -156,15 +164,15 @@ def test_a_signal_stops_between_items_and_the_same_call_continues(
 ):
     monkeypatch.setattr(extract, "BYTES_IN_SHARD", 30_000)
     expected = tokenize(config(media_folder, tmp_path / "whole", tokenizer_folder))
-    encode, calls = extract.encode_item, []
+    encode, calls = parallel.encode, []
 
-    def encode_then_stop(*arguments):
+    def encode_then_stop(*arguments, **options):
         calls.append(arguments)
         if len(calls) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return encode(*arguments)
+        return encode(*arguments, **options)
 
-    monkeypatch.setattr(extract, "encode_item", encode_then_stop)
+    monkeypatch.setattr(parallel, "encode", encode_then_stop)
     with pytest.raises(InterruptedRunError, match="continue"):
         tokenize(config(media_folder, tmp_path / "out", tokenizer_folder))
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -217,8 +225,8 @@ def test_windows_of_a_video_are_tokenized_in_one_pass(tmp_path, tokenizer, token
     rows += [{"path": "long.mp4", "start": 99}, {"path": "gone.mp4", "label": "c2"}]
     source = tmp_path / "windows.jsonl"
     source.write_text("\n".join(map(json.dumps, rows)))
-    passes, stream_unit = [], extract.stream_unit
-    monkeypatch.setattr(extract, "stream_unit", lambda *a, **k: passes.append(a) or stream_unit(*a, **k))
+    passes, stream_unit = [], encoding.stream_unit
+    monkeypatch.setattr(encoding, "stream_unit", lambda *a, **k: passes.append(a) or stream_unit(*a, **k))
     store = tokenize(config(source, tmp_path / "out", tokenizer_folder, keep_pixels=True))
     assert len(passes) == 1
     assert store.table.column("id").to_pylist() == ["long.mp4@0-4", "long.mp4@3-7", "long.mp4@5-9"]
@@ -311,13 +319,13 @@ def test_a_stopped_run_over_a_container_continues_to_the_same_bytes(tmp_path, to
     assert contents(tmp_path / "out") == contents(whole.folder)
 
 
-START = extract._start_worker
+START = parallel._start
 
 
 def start_with_a_bad_decoder(job):
     """A worker whose decoder dies on some files, as the C code below it can."""
     START(job)
-    decode = extract.stream_item
+    decode = encoding.stream_item
 
     def read(item, **options):
         if "segfault" in item.id:
@@ -330,7 +338,7 @@ def start_with_a_bad_decoder(job):
             raise RuntimeError("a mistake")
         return decode(item, **options)
 
-    extract.stream_item = read
+    encoding.stream_item = read
 
 
 def start_and_die(_job):
@@ -341,7 +349,7 @@ def test_a_decoder_that_dies_or_hangs_costs_its_item_alone(tmp_path, tokenizer_f
     source = tmp_path / "source"
     for number, name in enumerate(("a", "b-segfault", "d", "e-hang", "f")):
         make_photo(source / f"{name}.jpg", number=number)
-    monkeypatch.setattr(extract, "_start_worker", start_with_a_bad_decoder)
+    monkeypatch.setattr(parallel, "_start", start_with_a_bad_decoder)
     store = tokenize(config(source, tmp_path / "two", tokenizer_folder, workers=2, time_limit=1.0))
     found = {row.id: (row.status, row.reason) for row in read_ledger(store.folder) if row.status != "ok"}
     assert found == {
@@ -356,11 +364,11 @@ def test_a_decoder_that_dies_or_hangs_costs_its_item_alone(tmp_path, tokenizer_f
 def test_workers_that_others_kill_and_mistakes_end_the_run(tmp_path, tokenizer_folder, monkeypatch):
     make_photo(tmp_path / "memory" / "memory.jpg")
     make_photo(tmp_path / "mistake" / "mistake.jpg")
-    monkeypatch.setattr(extract, "_start_worker", start_with_a_bad_decoder)
-    with pytest.raises(TotoError, match=r"killed .SIGKILL., as happens when memory is short.*fewer --workers"):
+    monkeypatch.setattr(parallel, "_start", start_with_a_bad_decoder)
+    with pytest.raises(TotoError, match=r"killed .SIGKILL, 3 times at .*fewer --workers"):
         tokenize(config(tmp_path / "memory", tmp_path / "out", tokenizer_folder, workers=1))
     with pytest.raises(RuntimeError, match="a mistake"):
         tokenize(config(tmp_path / "mistake", tmp_path / "out2", tokenizer_folder, workers=1))
-    monkeypatch.setattr(extract, "_start_worker", start_and_die)
+    monkeypatch.setattr(parallel, "_start", start_and_die)
     with pytest.raises(TotoError, match=r"crashed .exit code 3. as it started"):
         tokenize(config(tmp_path / "memory", tmp_path / "out3", tokenizer_folder, workers=1))

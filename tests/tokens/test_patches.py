@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from toto.media.decode import read_media
 from toto.media.transforms import square
 from toto.runtime.errors import ConfigError, InterruptedRunError, StoreError
-from toto.tokens import extract
+from toto.tokens import extract, parallel
 from toto.tokens.extract import TokenizeConfig, tokenize
 from toto.tokens.passport import Passport
 from toto.tokens.patches import normalised, patch_values, patchify, unpatchify
@@ -127,15 +127,15 @@ def test_same_bytes_at_any_number_of_workers_and_after_a_signal(
 ):
     tokenize(config(media_folder, tmp_path / "pool", tokenizer_folder, workers=2))
     assert contents(tmp_path / "pool") == contents(kept.folder)
-    encode, calls = extract.encode_item, []
+    encode, calls = parallel.encode, []
 
-    def encode_then_stop(*arguments):
+    def encode_then_stop(*arguments, **options):
         calls.append(arguments)
         if len(calls) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return encode(*arguments)
+        return encode(*arguments, **options)
 
-    monkeypatch.setattr(extract, "encode_item", encode_then_stop)
+    monkeypatch.setattr(parallel, "encode", encode_then_stop)
     stopped = config(media_folder, tmp_path / "stopped", tokenizer_folder)
     with pytest.raises(InterruptedRunError):
         tokenize(stopped)

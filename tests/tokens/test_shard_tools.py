@@ -32,7 +32,15 @@ from toto.tokens.shard_tools import (
     split,
     whole_id,
 )
-from toto.tokens.shards import TokenStore, finish_store, read_ledger, read_splits, write_ledger, write_splits
+from toto.tokens.shards import (
+    TokenStore,
+    finish_store,
+    read_ledger,
+    read_splits,
+    sealed,
+    write_ledger,
+    write_splits,
+)
 
 JOB = LedgerRow(id="job", kind="", status="ok")  # any dataclass is a record of options
 
@@ -86,7 +94,7 @@ def test_a_merged_store_holds_everything_of_its_parts(first, second, tmp_path):
 def test_splits_and_the_order_of_classes_are_carried_along(first, second, tmp_path):
     write_splits(first.folder, {item.id: "val" if place else "train" for place, item in enumerate(items_of(first))})
     manifest = read_json(first.folder / "manifest.json", what="manifest")
-    write_json(first.folder / "manifest.json", manifest | {"classes": ["z", "x", "never"]})
+    write_json(first.folder / "manifest.json", sealed(manifest | {"classes": ["z", "x", "never"]}))
     first = TokenStore(first.folder)
     made = merge([first, second], tmp_path / "made", config=JOB)
     assert made.manifest["classes"][:3] == ["z", "x", "never"]

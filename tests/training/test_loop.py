@@ -21,11 +21,12 @@ from toto.model.config import ModelConfig
 from toto.model.weights import load_card, newest_checkpoint
 from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
 from toto.runtime.metrics import read_metrics
+from toto.tokens.shards import sealed
 from toto.training import loop
 from toto.training.config import DataConfig, TrainConfig
 from toto.training.loop import train
-from toto.training.mixture import SourceConfig
 from toto.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from toto.training.source import SourceConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
 
@@ -158,7 +159,7 @@ def test_shards_may_move_but_not_change(config, tmp_path, video_store):
     other = replace(config, steps=3, data=replace(config.data, sources=sources))
     train(other, tmp_path / "run", resume=True)
     manifest = json.loads((moved / "manifest.json").read_text())
-    (moved / "manifest.json").write_text(json.dumps(manifest | {"job": {"seed": 1}}))
+    (moved / "manifest.json").write_text(json.dumps(sealed(manifest | {"job": {"seed": 1}})))
     with pytest.raises(CheckpointError, match="other shards"):
         train(other, tmp_path / "run", resume=True)
 

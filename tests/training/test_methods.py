@@ -18,6 +18,8 @@ from PIL import Image
 from torch.distributions import Categorical, Laplace, SigmoidTransform, TransformedDistribution, kl_divergence
 
 from toto.__main__ import main
+from toto.media.catalog import Item
+from toto.media.ledger import count_by_status
 from toto.recipes import TOKENIZERS, tokenizer_recipe
 from toto.runtime.errors import ConfigError, InterruptedRunError
 from toto.runtime.metrics import read_metrics
@@ -117,7 +119,7 @@ def runs(pictures: Path) -> dict[str, TokenizerTrainConfig]:
 @pytest.mark.parametrize("name", ["fsq", "dvae", "vqgan"])
 def test_reconstruction_improves_and_codes_stay_alive(runs, tmp_path: Path, name: str) -> None:
     config = runs[name]
-    held = load_squares(config.heldout[0], 32)
+    held, _ = load_squares(config.heldout[0], 32)
     before = reconstruction_report(Run(config, torch.device("cpu")).tokenizer(), [held])
     made = train_tokenizer(config, out=tmp_path / "run", resume=False, device="cpu")
     after = reconstruction_report(load_tokenizer(tmp_path / "run"), [held])
@@ -325,9 +327,10 @@ def test_large_folders_stay_on_disk_and_bad_files_are_counted(pictures: Path, tm
     (folder / "0broken.png").write_bytes(b"no picture")
     source = Source(name="mixed", where=str(folder), stride=1, share=1.0)
     whole, lazy = load(source), load(source, room=10_000)
-    assert "mixed: 1 of 7 files can't be read" in capfd.readouterr().err
-    assert [isinstance(each, Path) for each in lazy] == [False, False, False, True, True, True]
-    assert all(torch.equal(frames_of(a), frames_of(b)) for a, b in zip(whole, lazy, strict=True))
+    assert "mixed: 1 of 7 items can't be read; the first: 0broken.png: not an image" in capfd.readouterr().err
+    assert [isinstance(each, Item) for each in lazy.items] == [False, False, False, True, True, True]
+    assert all(torch.equal(frames_of(a), frames_of(b)) for a, b in zip(whole.items, lazy.items, strict=True))
+    assert count_by_status(whole.ledger) == count_by_status(lazy.ledger) == {"ok": 6, "corrupt": 1}
 
 
 class ThirdParty:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from contextlib import closing
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,11 +16,13 @@ from hypothesis import strategies as st
 from toto.recipes.pretraining import base, sources_of_the_paper
 from toto.runtime.errors import ConfigError, PassportError
 from toto.tokens.passport import Passport
-from toto.tokens.shards import TokenStore, finish_store, write_ledger, write_shard
+from toto.tokens.shards import StoredItem, TokenStore, finish_store, write_ledger, write_shard
 from toto.training import mixture as mixture_module
-from toto.training.mixture import Mixture, SourceConfig, sequences_of
+from toto.training.mixture import Mixture, sequences_of
 from toto.training.order import Turns, block_shares
 from toto.training.permutation import drawn, permuted
+from toto.training.prefetch import ReadAhead
+from toto.training.source import Source, SourceConfig
 
 
 def shuffle(count, seed):
@@ -105,6 +109,45 @@ def test_a_change_of_weights_leaves_what_was_before_and_repeats_and_loses_no_dra
             assert tuple(np.bincount(sources[begin : begin + sum(shares)], minlength=3)) == shares
 
 
+WEIGHTS = st.lists(st.integers(10**8, 10**12), min_size=2, max_size=5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(WEIGHTS, st.integers(0, 10**9), st.integers(0, 99))
+def test_numbers_of_tokens_are_weights_too_and_hold_exactly_over_any_long_run(tokens, far, seed):
+    tokens = [count + 10**9 for count in tokens]
+    turns = Turns([(0, [float(count) for count in tokens])], seed=seed)
+    block = 10_000 if block_shares(tokens) is None else sum(block_shares(tokens))
+    first = far * block
+    sources, draws = turns.locate(np.arange(first, first + block))
+    for source, count in enumerate(tokens):
+        for sequences, drawn_so_far in (
+            (first, draws[sources == source].min()),
+            (first + block, draws[sources == source].max() + 1),
+        ):
+            assert abs(Fraction(sequences * count, sum(tokens)) - int(drawn_so_far)) < 1
+        mine = draws[sources == source]
+        assert mine.tolist() == list(range(mine[0], mine[0] + len(mine)))
+
+
+def test_weights_that_are_nearly_a_simple_ratio_are_it_and_others_are_not_rounded():
+    assert block_shares([0.33333333, 0.66666667]) == block_shares([1 / 3, 2 / 3]) == (1, 2)
+    assert block_shares([0.12345, 0.87655]) is None
+    assert block_shares([2.5e12, 7.5e12]) == (1, 3)
+    sources, _ = Turns([(0, [0.12345, 0.87655])], seed=0).locate(np.arange(100_000))
+    assert np.bincount(sources).tolist() == [12345, 87655]
+    with pytest.raises(ConfigError, match=r"a weight of 1 among 1e\+06 is less than one in 5,000; give it more"):
+        Turns([(0, [1, 999_999])], seed=0)
+
+
+def test_weights_without_a_simple_ratio_may_change_too():
+    phases = [(0, [0.12345, 0.87655, 0]), (12_347, [1, 1, 2]), (12_350, [0.1, 0.2, 0.70001])]
+    numbers = np.arange(40_000)
+    sources, draws = Turns(phases, seed=1).locate(numbers)
+    for source in range(3):
+        assert draws[sources == source].tolist() == list(range((sources == source).sum()))
+
+
 def test_the_papers_mixture_is_two_one_one_six(tmp_path):
     sources = sources_of_the_paper(tmp_path)
     assert block_shares([source.weight for source in sources]) == (2, 1, 1, 6)
@@ -136,6 +179,44 @@ def test_any_batch_can_be_asked_for_first(mixture, video_store, image_store):
 
 def everything(batches):
     return [part for batch in batches for part in (batch.source, batch.draw, batch.codes)]
+
+
+@pytest.fixture(scope="module")
+def third_store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("store") / "third", videos=(40, 17), seed=9)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
+def test_any_number_of_ranks_and_workers_gives_the_same_batches(
+    video_store, image_store, third_store, monkeypatch, workers
+):
+    """Also after resumes at other world sizes, over a re-weighting, and with a source that joins."""
+    monkeypatch.setattr(mixture_module, "PLANNED_AT_ONCE", 24)  # threads cross the borders of plans
+    sources = (
+        SourceConfig(path=video_store, weight=0.5),
+        SourceConfig(path=image_store, weight=0.5, modality="image"),
+        SourceConfig(path=third_store, weight=0),
+    )
+    changes = ((5 * 6, (0.2, 0.8, 0.0)), (9 * 6, (0.25, 0.25, 0.5)))
+
+    def opened():
+        return Mixture(sources, frames=4, seed=5, changes=changes)
+
+    expected = [opened().batch(step, 6) for step in range(16)]
+    assert {int(source) for batch in expected[:9] for source in batch.source} == {0, 1}
+    assert 2 in expected[9].source
+    for world, begin, end in ((2, 0, 4), (3, 4, 8), (1, 8, 12), (3, 12, 16)):
+        for rank in range(world):
+            mixture = opened()
+
+            def read(step, mixture=mixture, slots=slice(rank, None, world)):
+                return mixture.batch(step, 6, slots=slots)
+
+            with closing(ReadAhead(read, end=end, workers=workers)) as ahead:
+                for step in range(begin, end):
+                    part = ahead.take(step)
+                    assert part.draw.tolist() == expected[step].draw[rank::world].tolist()
+                    assert part.sequences().equal(expected[step].sequences()[rank::world])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -241,6 +322,50 @@ def test_a_window_holds_the_frames_its_origin_names(mixture):
             assert len(window.origin) == 4
             for place, (item, _) in enumerate(window.origin):
                 assert window.codes[place : place + 1].equal(store.codes(names.index(item)))
+
+
+def test_views_in_turn_give_every_input_one_view_an_epoch(tmp_path):
+    names = ["a", "a#1", "a#2", "b", "c", "c#1", "odd#7"]
+    store = make_views(tmp_path / "s", names, frames=[9, 8, 9, 8, 12, 11, 5])
+    config = SourceConfig(path=store, weight=1)
+    every = Source(config, frames=4, seed=1, number=0)
+    turns = Source(config, frames=4, seed=1, number=0, views="in-turn")
+    assert (every.draws_per_epoch, turns.draws_per_epoch) == (2 + 2 + 2 + 2 + 3 + 2 + 1, 2 + 2 + 2 + 1)
+    for epoch in range(7):
+        first = epoch * turns.draws_per_epoch
+        origins = [origin for n in range(turns.draws_per_epoch) for origin in turns.origin(first + n)]
+        shown = ["a", "a#1", "a#2"][epoch % 3], "b", ["c", "c#1"][epoch % 2], "odd#7"
+        assert Counter(name for name, _ in origins) == {shown[0]: 2, shown[1]: 2, shown[2]: 2, shown[3]: 1}
+        frames = [(name, start + place) for name, start in origins for place in range(4)]
+        assert len(set(frames)) == len(frames)
+    assert [turns.in_order(n).origin[0] for n in range(3)] == [("a", 0), ("a", 4), ("b", 0)]
+    window = turns.draw(8)
+    ((name, start),) = window.origin
+    assert window.codes.equal(turns.store.codes(names.index(name), start, 4))
+    plain = make_store(tmp_path / "plain", videos=(9, 20))
+    one, other = (
+        Source(SourceConfig(path=plain, weight=1), frames=4, seed=1, number=0, views=views)
+        for views in ("all", "in-turn")
+    )
+    assert [one.origin(n) for n in range(30)] == [other.origin(n) for n in range(30)]  # without views, nothing changes
+
+
+def make_views(folder, names, *, frames):
+    """A store whose items have these ids."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    codes = [rng.integers(0, 32, (count, 3, 3)).astype(np.uint16) for count in frames]
+    shard = write_shard(folder, 0, codes, (3, 3))
+    write_ledger(folder, [])
+    firsts = np.cumsum([0, *frames])
+    items = [
+        StoredItem(
+            id=name, kind="video", label=None, first_frame=int(firsts[n]), frame_count=frames[n], fps=10, stride=4
+        )
+        for n, name in enumerate(names)
+    ]
+    finish_store(folder, passport=PASSPORT, stride=4, shards=[shard], items=items, counts={}, job={})
+    return folder
 
 
 def test_short_sequences_are_the_same_windows_cut(mixture):

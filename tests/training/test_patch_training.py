@@ -23,9 +23,10 @@ from toto.tokens.shards import TokenStore
 from toto.training import loop
 from toto.training.config import DataConfig, TrainConfig
 from toto.training.loop import train
-from toto.training.mixture import Mixture, SourceConfig, patches_of, sequences_of
+from toto.training.mixture import Mixture, patches_of, sequences_of
 from toto.training.objective import next_token_loss, patch_errors, token_losses
 from toto.training.optimizer import OptimizerConfig
+from toto.training.source import SourceConfig
 
 MODES = ["pixels", "codes"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -14,12 +15,13 @@ from toto.__main__ import main
 from toto.commands.parsing import parse_change, parse_source
 from toto.model.config import ModelConfig
 from toto.runtime.errors import ConfigError, StoreError
-from toto.runtime.files import read_json
+from toto.runtime.files import read_json, write_json
 from toto.runtime.metrics import read_metrics
 from toto.training.config import DataConfig, TrainConfig
 from toto.training.loop import train
-from toto.training.mixture import Mixture, MixtureChange, SourceConfig
+from toto.training.mixture import Mixture, MixtureChange
 from toto.training.prefetch import ReadAhead
+from toto.training.source import SourceConfig
 
 
 @pytest.fixture(scope="module")
@@ -173,12 +175,43 @@ def test_what_is_read_ahead_is_what_was_asked_for():
         made.append((step, threading.current_thread() is threading.main_thread()))
         return step * 10
 
-    ahead = ReadAhead(make, end=9)
-    assert [ahead.take(step) for step in (0, 1, 2, 7, 8)] == [0, 10, 20, 70, 80]
-    ahead.close()
-    assert max(step for step, _ in made) == 8
-    assert not any(main for _, main in made)
+    for workers in (0, 1, 3):
+        made.clear()
+        ahead = ReadAhead(make, end=9, workers=workers)
+        assert [ahead.take(step) for step in (0, 1, 2, 7, 8, 9)] == [0, 10, 20, 70, 80, 90]
+        ahead.close()
+        steps = [step for step, _ in made]
+        assert max(steps) == 9
+        assert len(set(steps)) == len(steps)
+        assert {main for _, main in made} == {not workers}
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+def test_as_many_batches_are_made_at_once_as_there_are_workers():
+    together = threading.Barrier(3, timeout=20)
+
+    def make(step):
+        if 0 < step < 4:
+            together.wait()  # they wait for each other
+        time.sleep(0.02)
+        return step
+
+    with closing(ReadAhead(make, end=9, workers=3)) as ahead:
+        assert [ahead.take(step) for step in range(9)] == list(range(9))
+
+
+def test_the_number_of_workers_may_change_in_a_run(config, tmp_path):
+    train(with_data(config, workers=3), tmp_path / "whole")
+    stopped_after(with_data(config, workers=2), 4, tmp_path / "run")
+    record = read_json(tmp_path / "run" / "made.json", what="")
+    del record["config"]["data"]["views"]  # as a run that is older than this option
+    write_json(tmp_path / "run" / "made.json", record)
+    train(with_data(config, workers=0), tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    with pytest.raises(ConfigError, match=r"data\.views was all, is in-turn"):
+        train(with_data(config, views="in-turn"), tmp_path / "run", resume=True)
+    with pytest.raises(ConfigError, match="must not be negative"):
+        with_data(config, workers=-1)
 
 
 def test_an_error_ahead_is_raised_at_its_own_step_and_closing_waits_for_nothing_more():

@@ -67,7 +67,7 @@ def config(pictures: Path) -> TokenizerTrainConfig:
 def test_a_run_writes_a_tokenizer_that_loads(config: TokenizerTrainConfig, tmp_path: Path) -> None:
     made = train_tokenizer(config, out=tmp_path, resume=False, device="cpu")
     loaded = load_tokenizer(tmp_path)
-    frames = load_squares(config.heldout[0], 32)
+    frames, _ = load_squares(config.heldout[0], 32)
     assert loaded.passport == made.passport
     assert torch.equal(loaded.encode(frames), made.encode(frames))
     told = json.loads((tmp_path / "tokenizer.json").read_text())["trained"]

@@ -38,7 +38,7 @@ from toto.tokens.extract import TokenizeConfig, tokenize
 from toto.tokens.tokenizer import Tokenizer, load_tokenizer
 from toto.training.config import TrainConfig
 from toto.training.loop import train
-from toto.training.mixture import SourceConfig
+from toto.training.source import SourceConfig
 
 SIZE, STRIDE, FRAMES, PROMPT = 64, 4, 16, 8
 SHOWN_SCENES = 3

@@ -21,9 +21,11 @@ from toto.commands.parsing import parse
 from toto.media.catalog import Catalog, Item, find_duplicates, units
 from toto.media.catalogs import open_source
 from toto.media.checks import CheckConfig, Checked, Finding, check_unit, find_problems, read_speed
+from toto.media.ledger import LedgerRow, Status, count_by_status, summary
 from toto.runtime.device import pick_device
 from toto.runtime.errors import ConfigError
 from toto.runtime.files import write_json
+from toto.runtime.places import AnyPath
 from toto.runtime.progress import Progress, duration
 from toto.runtime.provenance import as_plain, versions
 from toto.runtime.workers import Lost, Workers
@@ -55,8 +57,8 @@ class DoctorOptions:
         out: write the report to this JSON file.
     """
 
-    source: Positional[Path]
-    clips: Path | None = None
+    source: Positional[AnyPath]
+    clips: AnyPath | None = None
     split: str | None = None
     sample: int = 200
     tokenizer: str = EMBEDDED
@@ -129,6 +131,7 @@ def examine(options: DoctorOptions) -> dict[str, Any]:
     if estimate.storage_bytes > free:
         needs = f"the store needs {size(estimate.storage_bytes)}, {size(free)} are free in {place}"
         findings.insert(0, Finding(what="disk", count=1, of=1, problem=True, examples=(needs,), advice="make room"))
+    rows = ledger(catalog, checked, duplicates)
     labels = Counter(item.label for item in catalog.items if item.label is not None)
     splits = Counter(item.split for item in catalog.items if item.split is not None)
     return {
@@ -142,17 +145,36 @@ def examine(options: DoctorOptions) -> dict[str, Any]:
         "classes": {name: labels[name] for name in catalog.classes or sorted(labels)},
         "splits": dict(sorted(splits.items())),
         "decoded": len(checked),
+        "ledger": {"counts": count_by_status(rows), "rows": [as_plain(row) for row in rows if row.status != "ok"]},
         "problems": sum(finding.problem for finding in findings),
         "findings": as_plain(findings),
         "codecs": codecs(checked),
         "sizes": sizes(checked),
-        "read_megabytes_per_second": read_speed(item.path for item in items),
+        "read_megabytes_per_second": read_speed(item.path for item in items if isinstance(item.path, Path)),
         "free_bytes": free,
         "workers": workers,
         "estimate": as_plain(estimate),
         "options": as_plain(options),
         "versions": versions(),
     }
+
+
+def ledger(catalog: Catalog, checked: list[Checked], duplicates: dict[str, str]) -> list[LedgerRow]:
+    """What tokenizing would make of every input; one that the sample left out is skipped."""
+    seen = {each.id: each for each in checked}
+    rows = []
+    for item in catalog.items:
+        found = seen.get(item.id)
+        status: Status = "skipped" if found is None else found.status
+        reason = "not decoded: beyond --sample" if found is None else found.reason
+        if item.id in duplicates:
+            original = seen.get(duplicates[item.id])
+            usable = original is None or original.status == "ok"
+            status = "duplicate" if usable or original is None else original.status
+            reason = f"the same bytes as {duplicates[item.id]}" + ("" if usable else f", which is {status}")
+        frames = found.frames if found and status == "ok" else 0
+        rows.append(LedgerRow(id=item.id, kind=item.kind, status=status, reason=reason, frames=frames))
+    return [*rows, *catalog.skipped]
 
 
 def evenly(items: tuple[Item, ...], count: int) -> tuple[Item, ...]:
@@ -314,6 +336,7 @@ def print_report(report: dict[str, Any]) -> None:
     print(f", {size(report['free_bytes'])} free")
     _print_estimate(report)
     problems = [finding["what"] for finding in report["findings"] if finding["problem"]]
+    print(summary(report["ledger"]["counts"], report["options"]["out"]))
     verdict = f"problems found: {', '.join(problems)}" if problems else "nothing wrong found"
     sampled = (
         "" if report["decoded"] == report["items"] else f" (in {report['decoded']:,} of {report['items']:,} items)"

@@ -9,13 +9,18 @@ from rich.console import Console
 from rich.table import Table
 
 from toto.commands.parsing import parse, parse_source, take_word
+from toto.commands.printing import classes_line
 from toto.evaluation.features import open_backbone
-from toto.evaluation.labelled import LabelledClips, folder_clips, procedural_clips, split_by_share
-from toto.evaluation.probe import ProbeConfig
+from toto.evaluation.labelled import LabelledClips, catalog_clips, procedural_clips, split_by_share
+from toto.evaluation.probe import POOLS, ProbeConfig
 from toto.evaluation.read_out import bits, patch_errors, probe
 from toto.evaluation.result import Metric, Result
+from toto.media.catalogs import takes_clips
+from toto.media.ledger import LedgerRow, summary, unused
 from toto.model.weights import load_card
 from toto.runtime.device import Precision
+from toto.runtime.errors import ConfigError
+from toto.runtime.places import AnyPath
 from toto.tokens.passport import Passport
 from toto.tokens.tokenizer import EMBEDDED, load_tokenizer
 
@@ -28,10 +33,15 @@ class ProbeOptions:
 
     Attributes:
         checkpoint: a checkpoint or run folder, or a hub id.
-        data: a folder of class folders, or "procedural" for the motions that are made by code.
-        test: another such folder to test on; without it, a share of DATA is held back.
-        test_share: that share.
-        clips: how many procedural clips are made for training; a third as many for testing.
+        data: labelled videos or images, in any form that `toto tokenize` reads, or "procedural" for the motions that
+            are made by code.
+        clips: the folder that holds what a manifest names; by default the manifest's own.
+        split: train on this split alone.
+        test: another source to test on; without it and without --test-split, a share of DATA is held back.
+        test_clips: the same for TEST; by default --clips.
+        test_split: test on this split, of TEST or of DATA.
+        test_share: the share that is held back.
+        procedural_clips: how many procedural clips are made for training; a third as many for testing.
         out: write the result record to this JSON file.
         tokenizer: "embedded", or a tokenizer folder; a model with patch inputs needs none.
         stride: of the frames of videos; by default that of the model's training data.
@@ -43,9 +53,13 @@ class ProbeOptions:
 
     checkpoint: str
     data: str
-    test: Path | None = None
+    clips: AnyPath | None = None
+    split: str | None = None
+    test: str | None = None
+    test_clips: AnyPath | None = None
+    test_split: str | None = None
     test_share: float = 0.3
-    clips: int = 480
+    procedural_clips: int = 480
     out: Path | None = None
     tokenizer: str = EMBEDDED
     stride: int | None = None
@@ -63,6 +77,8 @@ class BitsOptions:
         checkpoint: a checkpoint or run folder, or a hub id.
         train: the shards that the baselines are fitted on, [image:|video:]FOLDER.
         heldout: the shards that are measured, in the same form.
+        train_split: fit the baselines on this split of TRAIN alone.
+        split: measure this split of HELDOUT alone.
         windows: at most this many of each held-out source, spread evenly over it.
         out: write the result record to this JSON file.
         precision: auto, bf16 or fp32.
@@ -72,6 +88,8 @@ class BitsOptions:
     checkpoint: str
     train: tuple[str, ...]
     heldout: tuple[str, ...]
+    train_split: str | None = None
+    split: str | None = None
     windows: int = 256
     out: Path | None = None
     precision: Precision = "auto"
@@ -85,6 +103,7 @@ class PatchesOptions:
     Attributes:
         checkpoint: a checkpoint or run folder, or a hub id.
         heldout: the shards that are measured, made with --keep-pixels, [image:|video:]FOLDER.
+        split: measure this split of HELDOUT alone.
         windows: at most this many of each held-out source, spread evenly over it.
         out: write the result record to this JSON file.
         precision: auto, bf16 or fp32.
@@ -93,6 +112,7 @@ class PatchesOptions:
 
     checkpoint: str
     heldout: tuple[str, ...]
+    split: str | None = None
     windows: int = 256
     out: Path | None = None
     precision: Precision = "auto"
@@ -105,15 +125,15 @@ def run(words: list[str]) -> None:
     if task == "bits":
         options = parse(BitsOptions, rest, verb="evaluate bits")
         result, out = evaluate_bits(options), options.out
-        print_bits(result)
+        print_bits(result, out)
     elif task == "patches":
         wanted = parse(PatchesOptions, rest, verb="evaluate patches")
         result, out = evaluate_patches(wanted), wanted.out
-        print_patches(result)
+        print_patches(result, out)
     else:
         asked = parse(ProbeOptions, rest, verb="evaluate probe")
         result, out = evaluate_probe(asked), asked.out
-        print_probe(result)
+        print_probe(result, out)
     if out:
         result.save(out)
 
@@ -139,6 +159,8 @@ def evaluate_bits(options: BitsOptions) -> Result:
         train=tuple(parse_source(text) for text in options.train),
         heldout=tuple(parse_source(text) for text in options.heldout),
         most=options.windows,
+        split=options.split,
+        train_split=options.train_split,
         device=options.device,
         precision=options.precision,
     )
@@ -150,13 +172,14 @@ def evaluate_patches(options: PatchesOptions) -> Result:
         options.checkpoint,
         heldout=tuple(parse_source(text) for text in options.heldout),
         most=options.windows,
+        split=options.split,
         device=options.device,
         precision=options.precision,
     )
 
 
-def print_probe(result: Result) -> None:
-    """The table by layer, with intervals and the chance level."""
+def print_probe(result: Result, stored: Path | None = None) -> None:
+    """The table by layer, with intervals, the chance level, the classes, the denominators and the bound."""
     table = Table(title=f"Probe of {result.protocol['test']}: accuracy by layer, 95 % bootstrap intervals")
     for name in ("layer", "average pool", "attention pool"):
         table.add_column(name, justify="right")
@@ -170,27 +193,55 @@ def print_probe(result: Result) -> None:
     Console().print(table)
     chance, largest = result.metrics["chance"].value, result.details["largest_class"]
     print(f"* chosen on a slice of the training clips; chance {100 * chance:.1f}, largest class {100 * largest:.1f}")
-    print(f"{result.evaluated} of {result.offered} test clips evaluated, {result.failed} could not be read")
+    print(classes_line(result.protocol["classes"]))
+    print(f"accuracy is over {_denominators(result)}")
+    if result.failed:
+        bounds = [f"{pool} pool {100 * (result.metrics[f'{pool}_accuracy'].bound or 0):.1f}" for pool in POOLS]
+        print(f"with every failed clip counted wrong, at the chosen layers: {', '.join(bounds)}")
+    _print_ledger(result, stored)
 
 
-def print_bits(result: Result) -> None:
+def print_bits(result: Result, stored: Path | None = None) -> None:
     """Bits of model and baselines, over all frames, first frames and later ones."""
     _print_by_part(result, "Held-out bits per visual token", [f"{name}_bits" for name in ("model", "unigram", "copy")])
     gain = result.metrics.get("gain_over_copy_later_frames")
     if gain is not None:
         print(f"model against copying on later frames, window by window: {_cell(gain)} bits fewer")
-    frames, rate = result.protocol["frames"], result.protocol["copy_rate"]
-    print(f"{result.evaluated} windows of {frames} frames; copy rate {rate:.3f}")
+    print(f"copy rate {result.protocol['copy_rate']:.3f}")
+    _print_windows(result, stored)
 
 
-def print_patches(result: Result) -> None:
+def print_patches(result: Result, stored: Path | None = None) -> None:
     """Errors of model and baselines, over all frames, first frames and later ones."""
     names = [f"{name}_error" for name in ("model", "mean", "copy")]
     _print_by_part(result, "Held-out squared error of normalised patches", names)
     gain = result.metrics.get("gain_over_copy_later_frames")
     if gain is not None:
         print(f"copying less model on later frames, window by window: {_cell(gain)}")
-    print(f"{result.evaluated} windows of {result.protocol['frames']} frames")
+    _print_windows(result, stored)
+
+
+def _print_windows(result: Result, stored: Path | None) -> None:
+    """Over how many windows and inputs a loss is, and the share of inputs that it says nothing about."""
+    print(f"{result.protocol['windows']} windows of {result.protocol['frames']} frames, of {_denominators(result)}")
+    missing = result.metrics["missing_share"].value
+    if missing:
+        print(f"{100 * missing:.1f} % of the inputs are missing: a loss has no bound, so nothing is known about them")
+    _print_ledger(result, stored)
+
+
+def _denominators(result: Result) -> str:
+    """Every count, since no number says anything without them."""
+    skipped = f", {result.skipped:,} left out" if result.skipped else ""
+    return f"{result.evaluated:,} evaluated of {result.offered:,} offered ({result.failed:,} failed{skipped})"
+
+
+def _print_ledger(result: Result, stored: Path | None) -> None:
+    """The common line for each part of the data, and what failed."""
+    for part, counts in result.ledger.items():
+        print(f"{part}: {summary(counts, stored)}")
+    failures = [LedgerRow(**row) for row in result.details.get("failures", ())]
+    print("\n".join(unused(failures, rest_in=stored)), end="\n" if failures else "")
 
 
 def _print_by_part(result: Result, title: str, names: list[str]) -> None:
@@ -214,9 +265,23 @@ def _clips(options: ProbeOptions, *, frames: int, stride: int) -> tuple[Labelled
     if options.data == PROCEDURAL:
         passport = Passport.from_dict(load_card(options.checkpoint).passport, where=options.checkpoint)
         size = 64 if passport.frame_size is None else passport.frame_size[0]
-        train = procedural_clips(1, options.clips, frames=frames, size=size)
-        return train, procedural_clips(2, max(6, options.clips // 3), frames=frames, size=size)
-    train = folder_clips(Path(options.data), frames=frames, stride=stride)
-    if options.test is None:
+        train = procedural_clips(1, options.procedural_clips, frames=frames, size=size)
+        return train, procedural_clips(2, max(6, options.procedural_clips // 3), frames=frames, size=size)
+    train = catalog_clips(options.data, frames=frames, stride=stride, clips=options.clips, split=options.split)
+    if options.test is None and options.test_split is None:
         return split_by_share(train, options.test_share, seed=options.probe.seed)
-    return train, folder_clips(options.test, frames=frames, stride=stride, classes=train.classes)
+    if options.test is None and options.split is None:
+        raise ConfigError("would train on the split it tests on", where="--test-split", fix="name --split, too")
+    source = options.test or options.data
+    usual = options.clips if takes_clips(source) else None
+    test = catalog_clips(
+        source,
+        frames=frames,
+        stride=stride,
+        clips=options.test_clips or usual,
+        split=options.test_split,
+        classes=train.classes,
+    )
+    if test.modality != train.modality:
+        raise ConfigError(f"holds {test.modality}s, {train.name} holds {train.modality}s", where=test.name)
+    return train, test

@@ -10,8 +10,9 @@ import torch
 from toto.commands.parsing import parse
 from toto.generation.rollout import continue_codes, require_token_inputs
 from toto.generation.sampler import SamplerConfig
-from toto.media.decode import read_media
+from toto.media.decode import media_kind, read_media
 from toto.media.encode import write_gif, write_image, write_video
+from toto.media.ledger import LedgerRow, count_by_status, summary
 from toto.media.transforms import square
 from toto.model.weights import load_card, load_model
 from toto.report.sheet import contact_sheet
@@ -20,6 +21,7 @@ from toto.runtime.errors import ConfigError
 from toto.runtime.progress import Progress
 from toto.runtime.provenance import write_provenance
 from toto.tokens.passport import Passport
+from toto.tokens.shards import LEDGER, write_ledger
 from toto.tokens.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
 
 
@@ -108,6 +110,11 @@ def run(words: list[str]) -> None:
         sheet = contact_sheet(frames, prompt=codes.shape[1], scale=options.scale)
         write_image(name.with_suffix(".png"), sheet)
         print(f"{name}.mp4 .gif .png: {codes.shape[1]} frames of prompt (marked), {options.frames} new")
+    if options.prompt is not None:
+        kind = media_kind(options.prompt) or ""
+        rows = [LedgerRow(id=options.prompt.name, kind=kind, status="ok", frames=codes.shape[1])]
+        write_ledger(options.out, rows)
+        print(summary(count_by_status(rows), options.out / LEDGER))
 
 
 def prompt_codes(options: Options, tokenizer: Tokenizer, passport: Passport, stride: int) -> torch.Tensor:

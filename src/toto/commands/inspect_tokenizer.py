@@ -7,10 +7,11 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, final
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from rich.console import Console
@@ -19,18 +20,22 @@ from torch import Tensor
 
 from toto.commands.parsing import parse
 from toto.media import sample
-from toto.media.catalog import Item, list_source
-from toto.media.decode import Kind, read_image, stream_video
-from toto.media.ledger import LedgerRow, count_by_status, summary
+from toto.media.catalog import Item
+from toto.media.catalogs import open_source
+from toto.media.decode import Kind
+from toto.media.ledger import LedgerRow, count_by_status, summary, unused
+from toto.media.reading import read_item
 from toto.media.transforms import square
 from toto.report.inspection import Accounts, Inspected, Part, collapse_warnings, side_by_side, write_inspection_page
 from toto.runtime.device import pick_device
 from toto.runtime.errors import ConfigError, MediaError
 from toto.runtime.files import write_json
+from toto.runtime.places import AnyPath, as_path
 from toto.runtime.progress import Progress, say
 from toto.runtime.provenance import as_plain, versions, write_provenance
+from toto.tokens.accounts import is_split
 from toto.tokens.quality import FidelityMeter
-from toto.tokens.shards import ITEMS, LEDGER, MANIFEST, TokenStore, shard_name
+from toto.tokens.shards import ITEMS, LEDGER, MANIFEST, TokenStore, read_ledger, shard_name, write_ledger
 from toto.tokens.statistics import CodeCounter
 from toto.tokens.tokenizer import EMBEDDED, Arithmetic, Tokenizer, load_tokenizer
 
@@ -39,7 +44,6 @@ FIGURES, PAGE = "inspection.json", "index.html"
 SHOWN_FRAMES = 7
 FRAMES_AT_ONCE = 64
 KEPT_FOR_ONE = 8
-REASONS_SHOWN = 10
 
 Offered = TypeVar("Offered")
 
@@ -50,8 +54,10 @@ class InspectOptions:
 
     Attributes:
         tokenizer: "embedded", or tokenizer folders; several are compared on the same frames.
-        data: a folder of images and videos, one file, or a store of shards, whose codes are looked at as they are;
-            without it the held-out scenes and photographs of the embedded sample.
+        data: images and videos in any form that `toto tokenize` reads, or a store of shards, whose codes are looked at
+            as they are; without it the held-out scenes and photographs of the embedded sample.
+        clips: the folder that holds what a manifest names; by default the manifest's own.
+        split: look at this split of DATA alone.
         size: of media: the shortest side becomes this, then a square of it is cut out.
         stride: of videos: every stride-th frame is looked at.
         frames: at most so many frames are looked at, spread evenly over the items.
@@ -61,7 +67,9 @@ class InspectOptions:
     """
 
     tokenizer: tuple[str, ...] = (EMBEDDED,)
-    data: Path | None = None
+    data: str | None = None
+    clips: AnyPath | None = None
+    split: str | None = None
     size: int = 128
     stride: int = 6
     frames: int = 10_000
@@ -75,6 +83,8 @@ class InspectOptions:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", where=f"--{name}")
         if not self.tokenizer:
             raise ConfigError("names no tokenizer", where="--tokenizer", fix=f"give {EMBEDDED!r} or a folder")
+        if self.data is None and (self.clips or self.split):
+            raise ConfigError("names no source of its own", where="--clips or --split", fix="give --data")
 
 
 def run(words: list[str]) -> None:
@@ -83,6 +93,7 @@ def run(words: list[str]) -> None:
     tokenizers = load_all(options)
     parts = inspect(tokenizers, options)
     print_figures(parts)
+    _close(parts, options.out)
     if options.out is not None:
         write_json(options.out / FIGURES, _record(parts, tokenizers, options))
         made = ", ".join(f"{name} {version}" for name, version in versions().items())
@@ -106,29 +117,31 @@ def load_all(options: InspectOptions) -> dict[str, Tokenizer]:
 
 def inspect(tokenizers: dict[str, Tokenizer], options: InspectOptions) -> list[Part]:
     """Every tokenizer on every source; what can't be read is printed with the reason and counted."""
-    if options.data is not None and is_store(options.data):
+    if options.data is not None and is_store(as_path(options.data)):
+        if options.clips:
+            raise ConfigError("a store names no clips elsewhere", where="--clips", fix="leave it out")
         store = TokenStore(options.data)
         for name, tokenizer in tokenizers.items():
             store.passport.require_tokenizer(
                 tokenizer.passport, where=f"tokenizer {name}", fix="give --tokenizer, the one the store was made with"
             )
         _begin(options)
-        return [inspect_store(str(options.data), store, tokenizers, options)]
+        return [inspect_store(options.data, store, tokenizers, options)]
     for name, tokenizer in tokenizers.items():
         try:
             tokenizer.grid(options.size, options.size)
         except MediaError as error:
             raise ConfigError(error.what, where=f"--size, tokenizer {name}", fix=error.fix) from None
-    folders = {str(options.data): options.data}
-    if options.data is None:
+    if options.data is not None:
+        listed = {options.data: open_source(options.data, clips=options.clips, split=options.split)}
+    else:
         root = sample.sample_folder()
-        folders = {f"held-out {kind}": root / kind / "heldout" for kind in ("scenes", "photographs")}
-    listed = {name: list_source(folder) for name, folder in folders.items() if folder is not None}
+        listed = {f"held-out {kind}": open_source(str(root / kind / "heldout")) for kind in ("scenes", "photographs")}
     _begin(options)
     return [inspect_media(name, list(each.items), each.skipped, tokenizers, options) for name, each in listed.items()]
 
 
-def is_store(place: Path) -> bool:
+def is_store(place: AnyPath) -> bool:
     """Whether a folder is a store of shards; a folder of media may hold a manifest of its own."""
     tables = (ITEMS, LEDGER, shard_name(0))
     return (place / MANIFEST).is_file() and any((place / name).is_file() for name in tables)
@@ -168,28 +181,36 @@ def inspect_media(
             progress.advance()
     read = [row for row in rows if row.status == "ok"]
     unusable = (*(row for row in rows if row.status != "ok"), *skipped)
+    failed = sum(row.status in ("short", "corrupt") for row in unusable)
     if not read:
         first = next((row.reason for row in rows), "there are none")
         raise ConfigError(f"nothing could be read (the first: {first})", where=name, fix="restore the files")
-    frames_read, beyond = sum(row.frames for row in read), len(offered) - len(items)
+    frames_read = sum(row.frames for row in read)
+    opened = {item.id for item in items}
+    left_out = tuple(
+        LedgerRow(id=item.id, kind=item.kind, status="skipped", reason="not opened: more items than --frames")
+        for item in offered
+        if item.id not in opened
+    )
+    beyond = len(left_out)
     accounts = Accounts(
         read=len(read),
-        failed=len(rows) - len(read),
-        skipped=len(skipped),
+        failed=failed,
+        skipped=len(unusable) - failed,
         beyond_limit=beyond,
         frames=frames_read,
         frames_available=None if cut or beyond else frames_read,
         items_cut=cut,
         unusable=unusable,
     )
-    print(f"{name}: {summary(count_by_status([*rows, *skipped]))}; {accounts.in_words()}")
-    _print_reasons(unusable)
+    print(f"{name}: {accounts.in_words()}")
     shown_frames = originals.frames()
     return Part(
         name=name,
         kind="media",
         size=(options.size, options.size),
         accounts=accounts,
+        ledger=(*rows, *skipped, *left_out),
         originals=shown_frames,
         inspected=tuple(gauge.inspected(shown, shown_frames) for shown, gauge in gauges.items()),
     )
@@ -197,7 +218,9 @@ def inspect_media(
 
 def inspect_store(name: str, store: TokenStore, tokenizers: dict[str, Tokenizer], options: InspectOptions) -> Part:
     """Look at the codes of a store, and decode a few of its frames."""
-    items = [(number, store.item(number)) for number in evenly(range(len(store)), options.frames)]
+    split = options.split
+    numbers = range(len(store)) if split is None else np.flatnonzero(is_split(store, split)).tolist()
+    items = [(number, store.item(number)) for number in evenly(numbers, options.frames)]
     allowance = Allowance(options.frames, [item.kind for _, item in items])
     counter, examples, cut, frames = CodeCounter(store.passport.vocab_size), Spread(SHOWN_FRAMES), 0, 0
     with Progress(f"inspecting {name}", total=len(items), unit="items") as progress:
@@ -214,9 +237,9 @@ def inspect_store(name: str, store: TokenStore, tokenizers: dict[str, Tokenizer]
         read=len(items),
         failed=0,
         skipped=0,
-        beyond_limit=len(store) - len(items),
+        beyond_limit=len(numbers) - len(items),
         frames=frames,
-        frames_available=store.frame_count,
+        frames_available=int(store.column("frame_count")[numbers].sum()),
         items_cut=cut,
         unusable=(),
     )
@@ -229,6 +252,7 @@ def inspect_store(name: str, store: TokenStore, tokenizers: dict[str, Tokenizer]
         kind="shards",
         size=size,
         accounts=accounts,
+        ledger=tuple(read_ledger(store.folder)),
         originals=None,
         inspected=tuple(
             Inspected(tokenizer=each, fidelity=None, codes=statistics, shown=tokenizer.decode(shown).cpu())
@@ -239,10 +263,7 @@ def inspect_store(name: str, store: TokenStore, tokenizers: dict[str, Tokenizer]
 
 def read_squares(item: Item, options: InspectOptions, *, most: int) -> UInt8[Tensor, "T size size 3"]:
     """At most so many frames of an item, cut to squares; what follows them in the file isn't read."""
-    if item.kind == "image":
-        return square(read_image(item.path, source=item.id).frames, options.size)
-    clips = stream_video(item.path, stride=options.stride, limit=most, source=item.id)
-    return torch.cat([square(clip.frames, options.size) for clip in clips])
+    return square(read_item(item, stride=options.stride, limit=most).frames, options.size)
 
 
 def evenly(offered: Sequence[Offered], most: int) -> list[Offered]:
@@ -347,11 +368,19 @@ def _begin(options: InspectOptions) -> None:
         write_provenance(options.out, options)
 
 
-def _print_reasons(unusable: Sequence[LedgerRow]) -> None:
-    for row in unusable[:REASONS_SHOWN]:
-        print(f"  {row.status:<10}{row.id}: {row.reason}")
-    if len(unusable) > REASONS_SHOWN:
-        print(f"  and {len(unusable) - REASONS_SHOWN} more")
+def _close(parts: Sequence[Part], out: Path | None) -> None:
+    """Store what became of every input, where there is a folder, and print the counts and what could not be read."""
+    stored = None if out is None else out / LEDGER
+    if out is not None:
+        prefix = len(parts) > 1
+        write_ledger(
+            out,
+            [replace(row, id=f"{part.name}/{row.id}") if prefix else row for part in parts for row in part.ledger],
+        )
+    for part in parts:
+        print(f"{part.name}: {summary(count_by_status(part.ledger), stored)}")
+        for line in unused(part.ledger, rest_in=stored):
+            print(line)
 
 
 def _record(parts: Sequence[Part], tokenizers: dict[str, Tokenizer], options: InspectOptions) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
 from toto.runtime.errors import ConfigError
-from toto.training.mixture import MixtureChange, SourceConfig
+from toto.runtime.places import as_path
+from toto.training.mixture import MixtureChange
+from toto.training.source import SourceConfig
 
 Options = TypeVar("Options")
 
@@ -53,7 +54,7 @@ def parse_source(text: str) -> SourceConfig:
     if not colon or modality not in ("image", "video"):
         modality, rest = "video", text
     folder, weight = parse_weight(rest)
-    return SourceConfig(path=Path(folder), weight=weight, modality="image" if modality == "image" else "video")
+    return SourceConfig(path=as_path(folder), weight=weight, modality="image" if modality == "image" else "video")
 
 
 def parse_weight(text: str) -> tuple[str, float]:

@@ -15,6 +15,8 @@ from toto.media.encode import write_image, write_video
 from toto.media.ledger import summary
 from toto.report.sheet import contact_sheet
 from toto.runtime.errors import ConfigError, StoreError
+from toto.runtime.places import AnyPath
+from toto.runtime.remote import RemotePath
 from toto.tokens.shard_export import Format, export
 from toto.tokens.shard_tools import (
     chosen_by_id,
@@ -26,7 +28,7 @@ from toto.tokens.shard_tools import (
     merge,
     split,
 )
-from toto.tokens.shards import TokenStore
+from toto.tokens.shards import LEDGER, TokenStore
 from toto.tokens.tokenizer import EMBEDDED, load_tokenizer
 
 CLASSES_SHOWN, NAMES_SHOWN = 10, 5
@@ -38,11 +40,11 @@ class InfoOptions:
     """What stores hold: passport, counts, ledger, classes, bytes a token.
 
     Attributes:
-        stores: shard folders.
+        stores: shard folders, or their URLs.
         json: print one JSON list.
     """
 
-    stores: Positional[tuple[Path, ...]]
+    stores: Positional[tuple[AnyPath, ...]]
     json: bool = False
 
 
@@ -51,10 +53,10 @@ class VerifyOptions:
     """Read every byte of stores and compare it with the checksums; ends with 1 where a file is damaged.
 
     Attributes:
-        stores: shard folders.
+        stores: shard folders, or their URLs.
     """
 
-    stores: Positional[tuple[Path, ...]]
+    stores: Positional[tuple[AnyPath, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class CatOptions:
     """Print the codes of an item, or decode them into a picture or a video.
 
     Attributes:
-        store: a shard folder.
+        store: a shard folder, or its URL.
         item: the item's id, or its number.
         frames: only these, FIRST:END; either may be left out.
         out: decode into this .png (a contact sheet of several frames) or .mp4.
@@ -70,7 +72,7 @@ class CatOptions:
         scale: enlarge what is written by this factor.
     """
 
-    store: Positional[Path]
+    store: Positional[AnyPath]
     item: Positional[str]
     frames: str = ":"
     out: Path | None = None
@@ -83,14 +85,14 @@ class MergeOptions:
     """Join stores of the same tokenizer, frame size and stride into a new one.
 
     Attributes:
-        stores: shard folders.
+        stores: shard folders, or their URLs.
         out: the new store.
         prefix: put the folder's name before each id; without it, an id that occurs twice is refused.
         copy: copy the files; without it they are linked where that is possible, and take no space.
         pixels: carry the pixels along, which all stores must hold then, or none.
     """
 
-    stores: Positional[tuple[Path, ...]]
+    stores: Positional[tuple[AnyPath, ...]]
     out: Path
     prefix: bool = False
     copy: bool = False
@@ -102,7 +104,7 @@ class SplitOptions:
     """Cut a store into two by share, by labels or by ids; views of one source item stay together.
 
     Attributes:
-        store: a shard folder.
+        store: a shard folder, or its URL.
         out: a new store for the chosen items.
         rest: a new store for the others, and for the ledger's rows that became no item.
         share: choose this share of the items at random.
@@ -111,7 +113,7 @@ class SplitOptions:
         ids: choose the items that this file names, one id a line.
     """
 
-    store: Positional[Path]
+    store: Positional[AnyPath]
     out: Path
     rest: Path
     share: float | None = None
@@ -133,13 +135,13 @@ class ExportOptions:
     """Write a store as WebDataset tars or Parquet tables.
 
     Attributes:
-        store: a shard folder.
+        store: a shard folder, or its URL.
         to: webdataset (an .npy of codes and a .json for each item) or parquet (a row for each item).
         out: a new folder.
         items_in_file: at most so many items in a file.
     """
 
-    store: Positional[Path]
+    store: Positional[AnyPath]
     to: Format
     out: Path
     items_in_file: int = 1000
@@ -236,6 +238,7 @@ def export_store(options: ExportOptions) -> None:
     store = TokenStore(options.store, verify="read")  # what is damaged must not get a new checksum
     files = export(store, options.out, to=options.to, items_in_file=options.items_in_file, config=options)
     print(f"{options.out}: {len(store)} items in {len(files)} files, {files[0].name} to {files[-1].name}")
+    print(_accounts(store))
 
 
 TASKS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
@@ -248,7 +251,7 @@ TASKS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
 }
 
 
-def _opened(folders: tuple[Path, ...]) -> list[TokenStore]:
+def _opened(folders: tuple[Path | RemotePath, ...]) -> list[TokenStore]:
     if not folders:
         raise ConfigError("names no store", where="toto shards", fix="give a shard folder")
     return [TokenStore(folder) for folder in folders]
@@ -267,7 +270,11 @@ def _range(text: str, frames: int) -> tuple[int, int]:
 
 
 def _counted(store: TokenStore) -> str:
-    return f"{store.folder}: {len(store)} items, {store.frame_count:,} frames; {summary(store.manifest['ledger'])}"
+    return f"{store.folder}: {len(store)} items, {store.frame_count:,} frames; {_accounts(store)}"
+
+
+def _accounts(store: TokenStore) -> str:
+    return summary(store.manifest["ledger"], store.folder / LEDGER)
 
 
 def _described(found: dict[str, Any]) -> str:
@@ -285,6 +292,6 @@ def _described(found: dict[str, Any]) -> str:
         f"median {length['median']:,g}",
         "tokens": f"{found['tokens']:,}, {found['bytes_a_token']:.3f} bytes each in {found['files']} files{pixels}",
         "classes": f"{len(classes)}: {shown}{more}" if classes else "none",
-        "ledger": summary(found["ledger"]),
+        "ledger": summary(found["ledger"], f"{found['folder']}/{LEDGER}"),
     }  # fmt: skip
     return "\n".join([found["folder"], *(f"  {name:<11}{value}" for name, value in rows.items())])

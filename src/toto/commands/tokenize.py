@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from toto.commands.parsing import parse
-from toto.media.ledger import summary
+from toto.commands.printing import classes_line
+from toto.media.ledger import summary, unused
 from toto.tokens.extract import TokenizeConfig, count_splits, tokenize
 from toto.tokens.shards import LEDGER, TokenStore, read_ledger
-
-REASONS_SHOWN = 10
-CLASSES_SHOWN = 8
 
 
 def run(words: list[str]) -> None:
@@ -18,22 +16,19 @@ def run(words: list[str]) -> None:
     tokens = store.frame_count * store.grid[0] * store.grid[1]
     print(f"{config.out}: {len(store)} items, {store.frame_count:,} frames, {tokens:,} tokens on grids of {store.grid}")
     _print_classes(store)
-    print(f"ledger: {summary(store.manifest['ledger'])}")
-    unused = [row for row in read_ledger(store.folder) if row.status not in ("ok", "skipped")]
-    for row in unused[:REASONS_SHOWN]:
-        print(f"  {row.status:<10}{row.id}: {row.reason}")
-    if any(row.status == "short" and row.kind == "video" for row in unused):
+    print(summary(store.manifest["ledger"], config.out / LEDGER))
+    rows = read_ledger(store.folder)
+    for line in unused(rows, rest_in=config.out / LEDGER):
+        print(line)
+    if any(row.status == "short" and row.kind == "video" for row in rows):
         print(f"  (--min-frames below {config.min_frames} or a smaller --stride keeps shorter videos)")
-    if len(unused) > REASONS_SHOWN:
-        print(f"  and {len(unused) - REASONS_SHOWN} more in {config.out / LEDGER}")
 
 
 def _print_classes(store: TokenStore) -> None:
     """The classes in their order, and the splits, where there are any."""
     classes = store.manifest["classes"]
     if classes:
-        more = f", and {len(classes) - CLASSES_SHOWN} more" if len(classes) > CLASSES_SHOWN else ""
-        print(f"{len(classes)} classes, in their order: {', '.join(classes[:CLASSES_SHOWN])}{more}")
+        print(classes_line(classes))
     splits = count_splits(store.folder)
     if splits:
         print("splits: " + ", ".join(f"{name} {count:,}" for name, count in splits.items()))

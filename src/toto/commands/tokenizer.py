@@ -12,10 +12,14 @@ import tyro
 
 from toto.commands import import_tokenizer, inspect_tokenizer
 from toto.commands.parsing import parse, parse_weight, take_word
+from toto.media.catalogs import recognise, takes_clips
+from toto.media.ledger import count_by_status, summary, unused
 from toto.recipes import tokenizer_recipe, tokenizer_recipes
 from toto.runtime.errors import ConfigError
+from toto.runtime.places import AnyPath
+from toto.tokens.shards import LEDGER, read_ledger
 from toto.training.tokenizer import TokenizerTrainConfig, train_tokenizer
-from toto.training.tokenizer_data import Source
+from toto.training.tokenizer_data import SAMPLE, Source
 
 FIXED = ("name", "kind", "sources", "heldout")  # of a recipe: not for options of their own names
 
@@ -26,16 +30,25 @@ class TrainOptions:
 
     Attributes:
         out: the tokenizer's folder.
-        data: folders of images and videos to train on instead of the recipe's, FOLDER[=SHARE].
-        heldout: folders to look at while it trains, instead of the recipe's.
-        data_stride: every so manieth frame of the videos in these folders.
+        data: images and videos to train on instead of the recipe's, SOURCE[=SHARE]; a source is whatever
+            `toto tokenize` reads.
+        clips: the folder that holds what the manifests among them name; by default each manifest's own.
+        split: train on this split alone.
+        heldout: what to look at while it trains, instead of the recipe's.
+        heldout_clips: the same for the held-out sources; by default --clips.
+        heldout_split: look at this split, of the held-out sources or, where there are none, of DATA.
+        data_stride: every so manieth frame of the videos.
         resume: continue the run in OUT, exactly.
         device: auto, cpu, cuda, ...
     """
 
     out: Path
     data: tuple[str, ...] = ()
+    clips: AnyPath | None = None
+    split: str | None = None
     heldout: tuple[str, ...] = ()
+    heldout_clips: AnyPath | None = None
+    heldout_split: str | None = None
     data_stride: int = 4
     resume: bool = False
     device: str = "auto"
@@ -60,12 +73,37 @@ def train(words: list[str]) -> None:
     recipe = tokenizer_recipe(name)
     options = parse(options_with(recipe), rest, verb=f"tokenizer train {name}")
     changed = {field.name: getattr(options.recipe, field.name) for field in dataclasses.fields(options.recipe)}
-    if options.data:
-        changed["sources"] = sources(options.data, options.data_stride)
-    if options.heldout:
-        changed["heldout"] = sources(options.heldout, options.data_stride)
+    changed |= named_sources(options)
     config = dataclasses.replace(recipe, **changed)
     train_tokenizer(config, out=options.out, resume=options.resume, device=options.device)
+    rows, stored = read_ledger(options.out), options.out / LEDGER
+    print("\n".join([summary(count_by_status(rows), stored), *unused(rows, rest_in=stored)]))
+
+
+def named_sources(options: TrainOptions) -> dict[str, tuple[Source, ...]]:
+    """The sources that the options name; a recipe's own stay where none is named.
+
+    Raises:
+        ConfigError: clips or a split are named for a recipe's own frames, or it would look at what it trains on.
+    """
+    if not options.data and (options.clips or options.split):
+        raise ConfigError("names no source of its own", where="--clips or --split", fix="give --data")
+    if not options.heldout and (options.heldout_clips or options.heldout_split):
+        if not options.data or options.heldout_clips:
+            raise ConfigError("names no source of its own", where="--heldout-clips", fix="give --heldout")
+        if options.split is None:
+            raise ConfigError("would train on the split it looks at", where="--heldout-split", fix="name --split, too")
+    found = {}
+    if options.data:
+        found["sources"] = sources(options.data, options.data_stride, clips=options.clips, split=options.split)
+    if options.heldout or options.heldout_split:
+        found["heldout"] = sources(
+            options.heldout or options.data,
+            options.data_stride,
+            clips=options.heldout_clips or options.clips,
+            split=options.heldout_split,
+        )
+    return found
 
 
 def options_with(recipe: TokenizerTrainConfig) -> type[Any]:
@@ -91,20 +129,21 @@ def options_with(recipe: TokenizerTrainConfig) -> type[Any]:
     return kind
 
 
-def sources(folders: tuple[str, ...], stride: int) -> tuple[Source, ...]:
-    """Read `FOLDER[=SHARE]` words.
-
-    >>> sources(("photos=0.2",), 4)[0].share
-    0.2
-    """
+def sources(
+    words: tuple[str, ...], stride: int, *, clips: AnyPath | None = None, split: str | None = None
+) -> tuple[Source, ...]:
+    """Read `SOURCE[=SHARE]` words; `clips` goes to those that name clips elsewhere."""
     if stride < 1:
         raise ConfigError(f"must be at least 1, is {stride}", where="--data-stride")
     found = []
-    for text in folders:
-        folder, weight = parse_weight(text)
+    for text in words:
+        where, weight = parse_weight(text)
         if not weight > 0:
             raise ConfigError(f"share {weight:g} is not positive", where=text, fix="leave the folder out")
-        found.append(Source(name=Path(folder).name or folder, where=folder, stride=stride, share=weight))
+        embedded = where.startswith(SAMPLE)
+        name = (Path(where) if embedded else recognise(where).path).name or where
+        known = clips if clips and not embedded and takes_clips(where) else None
+        found.append(Source(name=name, where=where, stride=stride, share=weight, clips=known, split=split))
     names = [source.name for source in found]
     if len(set(names)) < len(names):
         raise ConfigError(f"folders of the same name ({', '.join(names)})", where="--data", fix="rename one")

@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from toto.commands.parsing import parse, parse_change, parse_source, take_word
 from toto.evaluation.likelihood import heldout_evaluation
+from toto.media.ledger import summary
 from toto.recipes import PRETRAINING
+from toto.runtime.files import write_json
 from toto.runtime.metrics import read_metrics
-from toto.training.config import TrainConfig
+from toto.tokens.accounts import count_inputs
+from toto.tokens.shards import LEDGER, TokenStore
+from toto.training.config import DataConfig, TrainConfig
 from toto.training.loop import train
 from toto.training.mixture import MixtureChange
+
+INPUTS = "inputs.json"  # of a run: what became of the inputs of its shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,23 @@ def options_with(recipe: TrainConfig) -> type[Options]:
     return kind
 
 
+def count_all_inputs(data: DataConfig) -> list[dict[str, Any]]:
+    """What became of the inputs of every source: those whose videos are shorter than T are short here."""
+    return [
+        {
+            "part": part,
+            "path": str(source.path),
+            "modality": source.modality,
+            "ledger": count_inputs(
+                TokenStore(source.path), source.modality, least=data.frames if source.modality == "video" else 1
+            ),
+            "rows": f"{source.path}/{LEDGER}",
+        }
+        for part, sources in (("train", data.sources), ("heldout", data.heldout))
+        for source in sources
+    ]
+
+
 def run(words: list[str]) -> None:
     """Parse, train, and print where the model is and what it reached."""
     name, rest = take_word(words, verb="train", what="RECIPE", known=list(PRETRAINING))
@@ -71,4 +94,8 @@ def run(words: list[str]) -> None:
     evaluate = heldout_evaluation(config) if data.heldout else None
     last = train(config, options.out, evaluate=evaluate, resume=options.resume)
     final = {name: value for row in read_metrics(options.out)[-2:] for name, value in row.items()}
+    inputs = count_all_inputs(data)
+    write_json(options.out / INPUTS, inputs)
+    for each in inputs:
+        print(f"{each['part']} {each['modality']}:{each['path']}: {summary(each['ledger'], each['rows'])}")
     print(f"{last}: " + ", ".join(f"{name} {value:.4g}" for name, value in final.items()))

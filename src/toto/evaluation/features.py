@@ -10,7 +10,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from toto.model.transformer import Transformer
+from toto.model.causal import CausalModel
 from toto.model.weights import load_card, load_model
 from toto.runtime.device import Precision, autocast, pick_device
 from toto.runtime.errors import ConfigError
@@ -48,7 +48,7 @@ class TotoBackbone:
 
     def __init__(
         self,
-        model: Transformer,
+        model: CausalModel,
         tokenizer: Tokenizer | None,
         *,
         frames: int,

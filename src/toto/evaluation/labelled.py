@@ -1,23 +1,25 @@
-"""Clips with labels: from a folder of classes, or made by the procedural corpus."""
+"""Clips with labels: from any catalog whose items have them, or made by the procedural corpus."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from toto.evaluation.features import Backbone
 from toto.evaluation.probe import Features
-from toto.media.catalog import Item, list_source
+from toto.media.catalog import Item
+from toto.media.catalogs import open_source
 from toto.media.clip import Clip
-from toto.media.decode import read_clip, read_image
-from toto.media.ledger import LedgerRow
+from toto.media.ledger import LedgerRow, count_by_status
 from toto.media.procedural import BARS, MOTIONS, make_clip
+from toto.media.reading import read_item
+from toto.media.sampling import require_frames
 from toto.media.transforms import square
 from toto.runtime.errors import ConfigError, MediaError
+from toto.runtime.places import AnyPath
 from toto.runtime.progress import Progress
 from toto.runtime.seed import stream
 from toto.tokens.sequence import Modality
@@ -37,6 +39,7 @@ class LabelledClips:
         labels: the label of every clip.
         ids: the id of every clip.
         read: reads clip number i, or raises MediaError.
+        refused: what the source names beside the clips: missing, named twice, no media.
     """
 
     name: str
@@ -45,6 +48,7 @@ class LabelledClips:
     labels: tuple[int, ...]
     ids: tuple[str, ...]
     read: Reader = field(repr=False)
+    refused: tuple[LedgerRow, ...] = ()
 
     def subset(self, numbers: list[int]) -> LabelledClips:
         """Some of the clips, in the given order."""
@@ -59,10 +63,20 @@ class LabelledClips:
 
 @dataclass(frozen=True, kw_only=True)
 class Extracted:
-    """Features of the clips that could be read, and a ledger row for each that could not."""
+    """Features of the clips that could be read, and a ledger row for every input that was offered."""
 
     features: Features
-    failed: tuple[LedgerRow, ...]
+    ledger: tuple[LedgerRow, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many inputs have each status."""
+        return count_by_status(self.ledger)
+
+    @property
+    def unused(self) -> tuple[LedgerRow, ...]:
+        """The rows that are not ok."""
+        return tuple(row for row in self.ledger if row.status != "ok")
 
 
 def procedural_clips(
@@ -83,53 +97,69 @@ def procedural_clips(
     )
 
 
-def folder_clips(folder: Path, *, frames: int, stride: int, classes: tuple[str, ...] | None = None) -> LabelledClips:
-    """A folder of class folders with videos, or with images.
+def catalog_clips(
+    source: str,
+    *,
+    frames: int,
+    stride: int,
+    clips: AnyPath | None = None,
+    split: str | None = None,
+    classes: tuple[str, ...] | None = None,
+) -> LabelledClips:
+    """The labelled videos, or images, of any source that `toto tokenize` reads.
 
     Args:
-        folder: the first folder below it is the class.
+        source: a folder of class folders, a manifest, a container, or KIND:PATH.
         frames: T of a video clip; its frames are 0, stride, 2 x stride, ...
         stride: of the frames.
-        classes: the class order, of the training clips; None takes the names in alphabetical order.
+        clips: the folder that holds what a manifest names.
+        split: only items of this split.
+        classes: the class order, of the training clips; None takes the source's own, of the classes that have a clip.
 
     Raises:
-        ConfigError: an item outside any class folder, images and videos mixed, or a class that is not in `classes`.
+        ConfigError: an item without a label, images and videos mixed, or a class that is not in `classes`.
     """
-    items = list_source(folder).items
+    catalog = open_source(source, clips=clips, split=split)
+    items = catalog.items
     loose = [item.id for item in items if item.label is None]
     if loose:
-        raise ConfigError(
-            f"{len(loose)} items lie in no class folder ({loose[0]})", where=folder, fix="sort them by class"
-        )
+        fix = "sort them by class" if catalog.form == "imagefolder" else "give each a label"
+        raise ConfigError(f"{len(loose)} items have no label ({loose[0]})", where=source, fix=fix)
     kinds = {item.kind for item in items}
     if len(kinds) > 1:
-        raise ConfigError("holds images and videos", where=folder, fix="probe them one after the other")
-    names = classes or tuple(sorted({str(item.label) for item in items}))
-    unknown = sorted({str(item.label) for item in items} - set(names))
+        raise ConfigError("holds images and videos", where=source, fix="probe them one after the other")
+    found = {str(item.label) for item in items}
+    order = catalog.classes or tuple(sorted(found))
+    names = classes or tuple(name for name in order if name in found)
+    unknown = sorted(found - set(names))
     if unknown:
-        raise ConfigError(f"classes {', '.join(unknown)} are not among the training classes", where=folder)
+        raise ConfigError(f"classes {', '.join(unknown)} are not among the training classes", where=source)
     return LabelledClips(
-        name=str(folder),
+        name=source if split is None else f"{source}, split {split}",
         modality="image" if kinds == {"image"} else "video",
         classes=names,
         labels=tuple(names.index(str(item.label)) for item in items),
         ids=tuple(item.id for item in items),
         read=_reader(items, frames, stride),
+        refused=catalog.skipped,
     )
 
 
 def _reader(items: tuple[Item, ...], frames: int, stride: int) -> Reader:
     def read(number: int) -> Clip:
-        item = items[number]
-        if item.kind == "image":
-            return read_image(item.path, source=item.id)
-        return read_clip(item.path, frames=frames, stride=stride, source=item.id)
+        clip = read_item(items[number], stride=stride, limit=frames)
+        if items[number].kind == "video" and len(clip) < frames:
+            require_frames((len(clip) - 1) * stride + 1, frames, stride, where=clip.source)
+        return clip
 
     return read
 
 
 def split_by_share(clips: LabelledClips, share: float, *, seed: int) -> tuple[LabelledClips, LabelledClips]:
-    """Hold back a share of every class for testing, at least one clip; returns (training, test)."""
+    """Hold back a share of every class for testing, at least one clip; returns (training, test).
+
+    Inputs that became no clip have no class: the same share of them is the test's.
+    """
     if not 0 < share < 1:
         raise ConfigError(f"must lie between 0 and 1, is {share}", where="--test-share")
     test: list[int] = []
@@ -138,14 +168,22 @@ def split_by_share(clips: LabelledClips, share: float, *, seed: int) -> tuple[La
         order = stream(seed, "test split", label).permutation(len(members))
         test += [members[place] for place in order[: max(1, round(share * len(members)))]]
     train = sorted(set(range(len(clips.labels))) - set(test))
-    return clips.subset(train), clips.subset(sorted(test))
+    order = stream(seed, "test split", "refused").permutation(len(clips.refused))
+    held = set(order[: round(share * len(order))].tolist())
+    refused: tuple[list[LedgerRow], list[LedgerRow]] = ([], [])
+    for number, row in enumerate(clips.refused):
+        refused[number in held].append(row)
+    return (
+        replace(clips.subset(train), refused=tuple(refused[0])),
+        replace(clips.subset(sorted(test)), refused=tuple(refused[1])),
+    )
 
 
 def extract(backbone: Backbone, clips: LabelledClips, *, batch: int) -> Extracted:
     """Features of all clips in one pass of the backbone; clips that can't be read are counted, never replaced."""
     parts: dict[int, list[torch.Tensor]] = {}
     labels: list[int] = []
-    failed: list[LedgerRow] = []
+    rows: list[LedgerRow] = []
     waiting: list[torch.Tensor] = []
 
     def flush() -> None:
@@ -158,18 +196,19 @@ def extract(backbone: Backbone, clips: LabelledClips, *, batch: int) -> Extracte
             try:
                 waiting.append(square(clips.read(number).frames, backbone.frame_size))
                 labels.append(label)
+                row = LedgerRow(id=clips.ids[number], kind=clips.modality, status="ok", frames=len(waiting[-1]))
             except MediaError as error:
                 row = LedgerRow(id=clips.ids[number], kind=clips.modality, status=error.status, reason=error.what)
-                failed.append(row)
+            rows.append(row)
             if len(waiting) == batch:
                 flush()
             progress.advance()
     if waiting:
         flush()
     if not labels:
-        first = failed[0].reason if failed else "there are none"
+        first = rows[0].reason if rows else "there are none"
         raise ConfigError(f"no clip could be read (the first: {first})", where=clips.name)
     features = Features(
         by_layer={layer: torch.cat(found) for layer, found in parts.items()}, labels=torch.tensor(labels)
     )
-    return Extracted(features=features, failed=tuple(failed))
+    return Extracted(features=features, ledger=(*rows, *clips.refused))

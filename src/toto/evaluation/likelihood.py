@@ -19,13 +19,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from toto.evaluation.patch_error import model_errors
-from toto.model.transformer import Transformer
+from toto.model.causal import CausalModel
 from toto.runtime.device import Precision, autocast
 from toto.runtime.errors import ConfigError
+from toto.tokens.accounts import is_split
 from toto.tokens.shards import TokenStore
 from toto.training.config import TrainConfig
-from toto.training.mixture import Source, SourceConfig, Window, patches_of, sequences_of
+from toto.training.mixture import patches_of, sequences_of
 from toto.training.objective import token_losses
+from toto.training.source import Source, SourceConfig, Window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,8 @@ class Baselines:
         return -chance.log2(), -torch.cat([chance[:1], copied]).log2()
 
 
-def fit_baselines(stores: list[TokenStore]) -> Baselines:
-    """Count the codes of some stores and fit the rate of copying by maximum likelihood.
+def fit_baselines(stores: list[TokenStore], *, split: str | None = None) -> Baselines:
+    """Count the codes of some stores (of one split of them) and fit the rate of copying by maximum likelihood.
 
     The likelihood of the rate is concave; it is maximised by expectation-maximisation over the (at most vocab_size)
     different unigram probabilities of copied codes.
@@ -56,7 +58,7 @@ def fit_baselines(stores: list[TokenStore]) -> Baselines:
     vocabulary = stores[0].passport.vocab_size
     counts, repeats, pairs = np.ones(vocabulary), np.zeros(vocabulary), 0
     for store in stores:
-        for number in range(len(store)):
+        for number in range(len(store)) if split is None else np.flatnonzero(is_split(store, split)).tolist():
             codes = store.codes(number).numpy()
             counts += np.bincount(codes.ravel(), minlength=vocabulary)
             same = codes[1:] == codes[:-1]
@@ -98,7 +100,7 @@ def by_part(name: str, values: Float[Tensor, "windows T"]) -> dict[str, float]:
 
 @torch.inference_mode()
 def model_bits(
-    model: Transformer, windows: list[Window], *, batch: int = 8, precision: Precision = "auto"
+    model: CausalModel, windows: list[Window], *, batch: int = 8, precision: Precision = "auto"
 ) -> Float[Tensor, "windows T"]:
     """Bits per visual token of every frame of some windows; start and end tokens are not counted."""
     if not windows:
@@ -115,7 +117,7 @@ def model_bits(
 
 
 def measure_bits(
-    model: Transformer,
+    model: CausalModel,
     windows: list[Window],
     baselines: Baselines,
     *,
@@ -131,14 +133,16 @@ def measure_bits(
     )
 
 
-def spread_windows(config: SourceConfig, *, frames: int, most: int, pixels: bool = False) -> list[Window]:
-    """At most `most` windows of a source, spread evenly over a fixed enumeration of it."""
-    source = Source(config, frames=frames, seed=0, number=0, pixels=pixels)
+def spread_windows(
+    config: SourceConfig, *, frames: int, most: int, pixels: bool = False, split: str | None = None
+) -> list[Window]:
+    """At most `most` windows of a source (of one split of it), spread evenly over a fixed enumeration of it."""
+    source = Source(config, frames=frames, seed=0, number=0, pixels=pixels, split=split)
     count = source.draws_per_epoch
     return [source.in_order(place * count // min(most, count)) for place in range(min(most, count))]
 
 
-def heldout_evaluation(config: TrainConfig) -> Callable[[Transformer], dict[str, float]]:
+def heldout_evaluation(config: TrainConfig) -> Callable[[CausalModel], dict[str, float]]:
     """A callable for the training loop: the mean over the run's held-out data by modality.
 
     Bits per visual token, or the error of normalised patches where the model predicts pixels.
@@ -146,7 +150,7 @@ def heldout_evaluation(config: TrainConfig) -> Callable[[Transformer], dict[str,
     groups = list(_by_modality(config))
     measure, unit = (model_errors, "patch_error") if config.model.targets == "pixels" else (model_bits, "bits")
 
-    def evaluate(model: Transformer) -> dict[str, float]:
+    def evaluate(model: CausalModel) -> dict[str, float]:
         found = {}
         for modality, windows in groups:
             values = measure(model, windows, precision=config.precision)

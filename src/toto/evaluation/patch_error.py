@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from toto.model.transformer import Transformer
+from toto.model.causal import CausalModel
 from toto.runtime.device import Precision, autocast
 from toto.runtime.errors import ConfigError
 from toto.tokens.patches import normalised
-from toto.training.mixture import Window, patches_of, sequences_of
+from toto.training.mixture import patches_of, sequences_of
 from toto.training.objective import patch_errors
+from toto.training.source import Window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Errors:
 
 @torch.inference_mode()
 def model_errors(
-    model: Transformer, windows: list[Window], *, batch: int = 8, precision: Precision = "auto"
+    model: CausalModel, windows: list[Window], *, batch: int = 8, precision: Precision = "auto"
 ) -> Float[Tensor, "windows T"]:
     """The model's error in every frame of some windows, which hold their pixels."""
     if not windows:
@@ -69,7 +70,7 @@ def baseline_errors(windows: list[Window]) -> tuple[Float[Tensor, "windows T"], 
 
 
 def measure_errors(
-    model: Transformer, windows: list[Window], *, batch: int = 8, precision: Precision = "auto"
+    model: CausalModel, windows: list[Window], *, batch: int = 8, precision: Precision = "auto"
 ) -> Errors:
     """Errors of the model and of both baselines on the same windows."""
     errors = model_errors(model, windows, batch=batch, precision=precision)

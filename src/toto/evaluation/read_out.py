@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,19 @@ from toto.evaluation.likelihood import by_part, fit_baselines, measure_bits, spr
 from toto.evaluation.patch_error import measure_errors
 from toto.evaluation.probe import POOLS, ProbeConfig, ProbeScore, chosen, train_probes
 from toto.evaluation.result import Metric, Result, bootstrap
-from toto.model.transformer import Transformer
+from toto.media.ledger import in_order_of_severity
+from toto.model.causal import CausalModel
 from toto.model.weights import Card, load_card, load_model, weights_sha256
 from toto.runtime.device import Precision, pick_device
 from toto.runtime.errors import ConfigError
 from toto.runtime.provenance import as_plain
+from toto.tokens.accounts import count_inputs
 from toto.tokens.passport import Passport
+from toto.tokens.shard_tools import whole_id
 from toto.tokens.shards import TokenStore
-from toto.training.mixture import SourceConfig, Window
+from toto.training.source import SourceConfig, Window
+
+FAILED = ("short", "corrupt")  # what should have been evaluated and could not
 
 
 def probe(
@@ -35,13 +42,10 @@ def probe(
     """Probe every layer of a checkpoint with both heads; the record names the layer the validation slice chose."""
     fit, seen = extract(backbone, train, batch=batch), extract(backbone, test, batch=batch)
     scores = train_probes(fit.features, seen.features, classes=len(train.classes), config=config)
-    metrics = {}
-    for pool in POOLS:
-        best = chosen(scores, pool)
-        metrics[f"{pool}_accuracy"] = _accuracy(best)
+    denominators = Denominators.of(seen.counts, evaluated=len(seen.features.labels))
+    metrics = {f"{pool}_accuracy": _accuracy(chosen(scores, pool), denominators.failed) for pool in POOLS}
     counts = np.bincount(seen.features.labels.numpy(), minlength=len(train.classes))
     metrics["chance"] = Metric(value=1 / len(train.classes))
-    failed = len(seen.failed)
     return Result(
         task="probe",
         protocol={
@@ -55,16 +59,18 @@ def probe(
             **as_plain(config),
         },
         metrics=metrics,
-        offered=len(test.labels),
-        evaluated=len(seen.features.labels),
-        failed=failed,
+        offered=denominators.offered,
+        evaluated=denominators.evaluated,
+        failed=denominators.failed,
+        skipped=denominators.skipped,
         model_sha256=weights_sha256(checkpoint),
         passport=load_card(checkpoint).passport,
+        ledger={"train": fit.counts, "test": seen.counts},
         details={
-            "by_layer": [_row(score) for score in scores],
+            "by_layer": [_row(score, denominators.failed) for score in scores],
             "chosen_layer": {pool: chosen(scores, pool).layer for pool in POOLS},
             "largest_class": float(counts.max() / counts.sum()),
-            "failures": [as_plain(row) for row in (*fit.failed, *seen.failed)],
+            "failures": [as_plain(row) for row in (*fit.unused, *seen.unused)],
         },
     )
 
@@ -75,10 +81,14 @@ def bits(
     train: tuple[SourceConfig, ...],
     heldout: tuple[SourceConfig, ...],
     most: int = 256,
+    split: str | None = None,
+    train_split: str | None = None,
     device: str = "auto",
     precision: Precision = "auto",
 ) -> Result:
     """Held-out bits per visual token of a checkpoint, and of unigram and copying fitted on the training shards.
+
+    With `split` and `train_split`, of these splits of the held-out and of the training shards alone.
 
     Raises:
         PassportError: shards that another tokenizer made.
@@ -88,31 +98,36 @@ def bits(
     if model.config.targets != "codes":
         raise ConfigError("predicts pixels, not codes", where=checkpoint, fix="use `toto evaluate patches`")
     _require_passport(card, checkpoint, (*train, *heldout))
-    windows = _windows(model, card, heldout, most)
-    baselines = fit_baselines([TokenStore(source.path) for source in train])
-    found = measure_bits(model, windows, baselines, precision=precision)
+    held = _measured(model, card, heldout, most, split)
+    baselines = fit_baselines([TokenStore(source.path) for source in train], split=train_split)
+    found = measure_bits(model, held.windows, baselines, precision=precision)
     metrics = {name: Metric(value=value) for name, value in found.summary().items()}
     for name in ("model", "unigram", "copy"):
         metrics[f"{name}_bits"] = bootstrap(getattr(found, name).mean(dim=1).numpy())
     if found.model.shape[1] > 1:
         won = (found.copy - found.model)[:, 1:].mean(dim=1)
         metrics["gain_over_copy_later_frames"] = bootstrap(won.numpy())
+    metrics["missing_share"] = missing_share(held.ledger)
     return Result(
         task="bits",
         protocol={
             "train": [as_plain(source) for source in train],
             "heldout": [as_plain(source) for source in heldout],
             "frames": card.sequence["frames"],
-            "windows": len(windows),
+            "windows": len(held.windows),
+            "split": split,
+            "train_split": train_split,
             "copy_rate": baselines.copy_rate,
             "precision": precision,
         },
         metrics=metrics,
-        offered=len(windows),
-        evaluated=len(windows),
-        failed=0,
+        offered=held.inputs.offered,
+        evaluated=held.inputs.evaluated,
+        failed=held.inputs.failed,
+        skipped=held.inputs.skipped,
         model_sha256=weights_sha256(checkpoint),
         passport=card.passport,
+        ledger={"heldout": held.ledger},
         details={
             f"{name}_by_frame": getattr(found, name).mean(dim=0).tolist() for name in ("model", "unigram", "copy")
         },
@@ -124,6 +139,7 @@ def patch_errors(
     *,
     heldout: tuple[SourceConfig, ...],
     most: int = 256,
+    split: str | None = None,
     device: str = "auto",
     precision: Precision = "auto",
 ) -> Result:
@@ -137,8 +153,8 @@ def patch_errors(
     if model.config.targets != "pixels":
         raise ConfigError("predicts codes, not pixels", where=checkpoint, fix="use `toto evaluate bits`")
     _require_passport(card, checkpoint, heldout)
-    windows = _windows(model, card, heldout, most)
-    found = measure_errors(model, windows, precision=precision)
+    held = _measured(model, card, heldout, most, split)
+    found = measure_errors(model, held.windows, precision=precision)
     curves = {"model": found.model, "mean": found.mean, "copy": found.copy}
     metrics: dict[str, Metric] = {}
     for name, values in curves.items():
@@ -146,21 +162,25 @@ def patch_errors(
         metrics[f"{name}_error"] = bootstrap(values.mean(dim=1).numpy())
     if found.model.shape[1] > 1:
         metrics["gain_over_copy_later_frames"] = bootstrap((found.copy - found.model)[:, 1:].mean(dim=1).numpy())
+    metrics["missing_share"] = missing_share(held.ledger)
     return Result(
         task="patches",
         protocol={
             "heldout": [as_plain(source) for source in heldout],
             "frames": card.sequence["frames"],
-            "windows": len(windows),
+            "windows": len(held.windows),
+            "split": split,
             "patch_values": model.config.values_in_patch,
             "precision": precision,
         },
         metrics=metrics,
-        offered=len(windows),
-        evaluated=len(windows),
-        failed=0,
+        offered=held.inputs.offered,
+        evaluated=held.inputs.evaluated,
+        failed=held.inputs.failed,
+        skipped=held.inputs.skipped,
         model_sha256=weights_sha256(checkpoint),
         passport=card.passport,
+        ledger={"heldout": held.ledger},
         details={f"{name}_by_frame": values.mean(dim=0).tolist() for name, values in curves.items()},
     )
 
@@ -176,18 +196,68 @@ def _require_passport(card: Card, checkpoint: str | Path, sources: tuple[SourceC
         )
 
 
-def _windows(model: Transformer, card: Card, sources: tuple[SourceConfig, ...], most: int) -> list[Window]:
-    """Held-out windows of some sources, with pixels where the model takes patches."""
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """Held-out windows, what became of the inputs of their shards, and over how many of them the windows are."""
+
+    windows: list[Window]
+    ledger: dict[str, int]
+    inputs: Denominators
+
+
+def _measured(
+    model: CausalModel, card: Card, sources: tuple[SourceConfig, ...], most: int, split: str | None
+) -> _Measured:
+    """Windows of some sources, with pixels where the model takes patches.
+
+    A store that is named for its images and for its videos is two sources, whose inputs both count.
+    """
     frames, pixels = card.sequence["frames"], model.config.inputs == "patches"
-    return [window for each in sources for window in spread_windows(each, frames=frames, most=most, pixels=pixels)]
+    windows: list[Window] = []
+    counts: Counter[str] = Counter()
+    evaluated = 0
+    for source in sources:
+        found = spread_windows(source, frames=frames, most=most, pixels=pixels, split=split)
+        least = frames if source.modality == "video" else 1
+        counts.update(count_inputs(TokenStore(source.path), source.modality, least=least, split=split))
+        evaluated += len({whole_id(item) for window in found for item, _ in window.origin})
+        windows += found
+    ledger = in_order_of_severity(counts)
+    return _Measured(windows=windows, ledger=ledger, inputs=Denominators.of(ledger, evaluated=evaluated))
 
 
-def _accuracy(score: ProbeScore) -> Metric:
-    return bootstrap(score.correct.double().numpy())
+def missing_share(ledger: dict[str, int]) -> Metric:
+    """The share of the inputs that a sum of losses should be over and says nothing about."""
+    counts = Denominators.of(ledger, evaluated=ledger.get("ok", 0))
+    return Metric(value=counts.failed / max(1, counts.failed + counts.evaluated))
 
 
-def _row(score: ProbeScore) -> dict[str, Any]:
-    accuracy = _accuracy(score)
+@dataclass(frozen=True, kw_only=True)
+class Denominators:
+    """How many inputs there were, and over how many of them a number is."""
+
+    offered: int
+    evaluated: int
+    failed: int
+    skipped: int
+
+    @classmethod
+    def of(cls, ledger: dict[str, int], *, evaluated: int) -> Denominators:
+        """From the counts of a ledger: short and corrupt inputs failed, all others that weren't evaluated are skipped.
+
+        >>> Denominators.of({"ok": 9, "short": 1, "corrupt": 2, "skipped": 3}, evaluated=4).skipped
+        8
+        """
+        offered, failed = sum(ledger.values()), sum(ledger.get(status, 0) for status in FAILED)
+        return cls(offered=offered, evaluated=evaluated, failed=failed, skipped=offered - evaluated - failed)
+
+
+def _accuracy(score: ProbeScore, failed: int) -> Metric:
+    return bootstrap(score.correct.double().numpy(), failed=failed)
+
+
+def _row(score: ProbeScore, failed: int) -> dict[str, Any]:
+    accuracy = _accuracy(score, failed)
     return {
         "layer": score.layer,
         "pool": score.pool,
@@ -196,4 +266,5 @@ def _row(score: ProbeScore) -> dict[str, Any]:
         "test": accuracy.value,
         "low": accuracy.low,
         "high": accuracy.high,
+        "bound": accuracy.bound,
     }

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from toto.generation.sampler import SamplerConfig, sample
 from toto.model.cache import Cache
-from toto.model.transformer import Transformer
+from toto.model.causal import CausalModel
 from toto.runtime.errors import ConfigError
 from toto.tokens.sequence import CODE_OFFSET, pack_prompt, sequence_length
 
 
 @torch.inference_mode()
 def continue_codes(
-    model: Transformer,
+    model: CausalModel,
     prompt: Int64[Tensor, "B P rows cols"],
     *,
     new_frames: int,
@@ -67,14 +67,14 @@ def continue_codes(
     return codes
 
 
-def require_token_inputs(model: Transformer, *, where: str) -> None:
+def require_token_inputs(model: CausalModel, *, where: str) -> None:
     """Refuse a model with patch inputs: what it predicts is not what it takes."""
     if model.config.inputs == "patches":
         raise ConfigError("takes patches, so it can't continue a clip", where=where, fix="use a model of token inputs")
 
 
 def _draw_frame(
-    model: Transformer,
+    model: CausalModel,
     visible: Tensor,
     cache: Cache | None,
     room: int,
@@ -97,7 +97,7 @@ def _draw_frame(
     return torch.stack(drawn, dim=1).view(B, 1, rows, cols), cache
 
 
-def _next_logits(model: Transformer, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, Cache | None]:
+def _next_logits(model: CausalModel, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, Cache | None]:
     """Logits of the token after `tokens`, special ids excluded; the output layer sees the last position alone."""
     hidden, _, cache = model.trunk(tokens, cache=cache)
     logits = model.head(model.norm(hidden[:, -1])).float()

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 
 from toto.media.decode import Kind, media_kind
 from toto.media.ledger import LedgerRow
 from toto.runtime.errors import ConfigError
-from toto.runtime.files import sha256_of
+from toto.runtime.network import NOT_THERE
+from toto.runtime.places import sha256_at
+from toto.runtime.remote import AT_ONCE, RemotePath
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,7 @@ class Item:
     Attributes:
         id: names it in every output; never moves while the source stays the same. In a folder: its path below the
             folder, with forward slashes.
-        path: the file that it is, or that it lies in.
+        path: the file that it is, or that it lies in, on a disk or at a URL.
         kind: image or video, by its ending.
         label: name of its class; in a folder, the first folder below the root. None where there is none.
         part: which part of the file; None is the whole file.
@@ -80,7 +83,7 @@ class Item:
     """
 
     id: str
-    path: Path
+    path: Path | RemotePath
     kind: Kind
     label: str | None
     part: Part | None = None
@@ -97,7 +100,7 @@ class Item:
         """Its bytes (of a window: those of its file); 0 where it is missing."""
         if isinstance(self.part, Bytes | Row):
             return self.part.size
-        return self.path.stat().st_size if self.path.is_file() else 0
+        return size_of(self.path) or 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,16 @@ class Catalog:
     skipped: tuple[LedgerRow, ...]
     form: str = "imagefolder"
     classes: tuple[str, ...] | None = None
+
+
+def size_of(path: Path | RemotePath) -> int | None:
+    """Bytes of a file; None where it is missing or where a web server doesn't tell."""
+    if isinstance(path, Path):
+        return path.stat().st_size if path.is_file() else None
+    try:
+        return path.size
+    except NOT_THERE:
+        return None
 
 
 def class_order(labels: Iterable[str | None]) -> tuple[str, ...]:
@@ -143,18 +156,19 @@ def units(items: Iterable[Item]) -> list[tuple[Item, ...]]:
     return [tuple(unit) for unit in found]
 
 
-def list_source(source: Path) -> Catalog:
+def list_source(source: Path | RemotePath) -> Catalog:
     """List a folder with all below it (links followed, hidden names left out), or one file.
 
     Raises:
         ConfigError: it doesn't exist, or holds nothing to read.
+        PlaceError: it lies elsewhere and can't be reached.
     """
     if not source.exists():
         raise ConfigError("no such file or folder", where=source, fix="check the path")
-    files = [source] if source.is_file() else list(files_below(source))
+    files = [source] if is_file(source) else list(files_below(source))
     items, skipped = [], []
     for file in files:
-        relative = file.relative_to(source) if file != source else Path(file.name)
+        relative = path_below(file, source) if file != source else PurePath(file.name)
         name = readable_name(relative)
         kind = media_kind(file)
         if kind is None:
@@ -174,21 +188,52 @@ def find_duplicates(items: tuple[Item, ...]) -> dict[str, str]:
 
     Only files of equal size are hashed, so a folder without duplicates is hardly read. Parts of files are left out.
     """
-    by_size: dict[int, list[Item]] = {}
+    by_size: dict[int | None, list[Item]] = {}
     for item in items:
-        if item.part is None and item.path.is_file():  # a dangling link is left to the decoder, which names it
-            by_size.setdefault(item.path.stat().st_size, []).append(item)
+        if item.part is None:
+            by_size.setdefault(size_of(item.path), []).append(item)
+    by_size.pop(None, None)  # a dangling link is left to the decoder, which names it
     duplicates = {}
     for alike in by_size.values():
         first: dict[str, str] = {}
-        for item in alike if len(alike) > 1 else []:
-            original = first.setdefault(sha256_of(item.path), item.id)
+        for item, content in _contents(alike if len(alike) > 1 else []):
+            original = first.setdefault(content, item.id)
             if original != item.id:
                 duplicates[item.id] = original
     return duplicates
 
 
-def readable_name(path: Path) -> str:
+def _contents(items: list[Item]) -> Iterator[tuple[Item, str]]:
+    """The checksums of files, from elsewhere several at once; what can't be read is left to the decoder."""
+    if all(isinstance(item.path, Path) for item in items):
+        yield from ((item, sha256_at(item.path)) for item in items)
+        return
+
+    def content(item: Item) -> str:
+        try:
+            return sha256_at(item.path)
+        except NOT_THERE:
+            return f"unreadable {item.id}"
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        yield from zip(items, threads.map(content, items), strict=True)
+
+
+def is_file(path: Path | RemotePath) -> bool:
+    """Whether a source is one file; the web calls everything a file, also what has a page with links."""
+    return path.is_file() and not (isinstance(path, RemotePath) and path.is_dir())
+
+
+def path_below(file: Path | RemotePath, root: Path | RemotePath) -> PurePath:
+    """Where a file lies below a folder."""
+    if isinstance(file, Path) and isinstance(root, Path):
+        return file.relative_to(root)
+    assert isinstance(file, RemotePath)
+    assert isinstance(root, RemotePath)
+    return PurePosixPath(file.below(root))
+
+
+def readable_name(path: PurePath) -> str:
     """A path with forward slashes, bytes that are no UTF-8 written out."""
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
@@ -199,8 +244,11 @@ def _unreadable(error: OSError) -> None:
     ) from None
 
 
-def files_below(root: Path) -> Iterator[Path]:
+def files_below(root: Path | RemotePath) -> Iterator[Path | RemotePath]:
     """All files below a folder: links followed, hidden names left out, folder by folder in alphabetical order."""
+    if isinstance(root, RemotePath):
+        yield from root.files()
+        return
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_unreadable):
         real = os.path.realpath(folder)

@@ -156,8 +156,11 @@ def check_unit(unit: tuple[Item, ...], config: CheckConfig) -> tuple[Checked, ..
         for place, clip in _clips(unit, config.stride):
             if isinstance(clip, MediaError):
                 wrong.setdefault(place, clip)
-            else:
+                continue
+            try:
                 meters[place].add(clip)
+            except MediaError as error:
+                wrong.setdefault(place, error)
     except MediaError as error:
         wrong[0] = error
     spent = time.perf_counter() - began - sum(meter.resize_seconds for meter in meters)

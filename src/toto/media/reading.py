@@ -9,17 +9,23 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from toto.media.catalog import Bytes, Item, Row, Seconds
 from toto.media.clip import Clip
 from toto.media.decode import OpenFile, Window, read_image, stream_video, stream_windows
+from toto.media.fetched import fetched_bytes, fetched_file
+from toto.media.unpacked import compression, open_tar
 from toto.runtime.errors import MediaError
+from toto.runtime.remote import RemotePath
 
 ROWS_AT_ONCE = 16
 
 
-def stream_item(item: Item, *, stride: int = 1, offset: int = 0) -> Iterator[Clip]:
+def stream_item(item: Item, *, stride: int = 1, offset: int = 0, limit: int | None = None) -> Iterator[Clip]:
     """Frames `offset, offset + stride, ...` of a video or of its window, or an image as a clip of one frame.
+
+    With `limit`, at most so many of a video (of a window, at least so many where it has them: the last clip is whole).
 
     Raises:
         MediaError: see `toto.media.decode.read_media`.
@@ -35,10 +41,31 @@ def stream_item(item: Item, *, stride: int = 1, offset: int = 0) -> Iterator[Cli
         if item.kind == "image":
             yield read_image(place, source=item.id)
         else:
-            yield from stream_video(place, stride=stride, offset=offset, source=item.id)
+            yield from stream_video(place, stride=stride, offset=offset, limit=limit, source=item.id)
     finally:
         if not isinstance(place, Path):
             place.close()
+
+
+def read_item(item: Item, *, stride: int = 1, offset: int = 0, limit: int | None = None) -> Clip:
+    """The frames of `stream_item` in one clip, at most `limit` of them.
+
+    Raises:
+        MediaError: see `toto.media.decode.read_media`.
+    """
+    clips, count = [], 0
+    for clip in stream_item(item, stride=stride, offset=offset, limit=limit):
+        clips.append(clip)
+        count += len(clip)
+        if limit is not None and count >= limit:
+            break
+    return Clip(
+        frames=torch.cat([clip.frames for clip in clips])[:limit],
+        indices=torch.cat([clip.indices for clip in clips])[:limit],
+        timestamps=torch.cat([clip.timestamps for clip in clips])[:limit],
+        source=item.id,
+        rate=clips[0].rate,
+    )
 
 
 def stream_unit(
@@ -50,30 +77,44 @@ def stream_unit(
         for item, offset in zip(items, offsets, strict=True)
         if isinstance(item.part, Seconds)
     ]
-    yield from stream_windows(items[0].path, windows, stride=stride, source=items[0].id)
+    try:
+        place = _on_disk(items[0])
+    except MediaError as error:
+        yield from ((number, error) for number in range(len(items)))
+        return
+    yield from stream_windows(place, windows, stride=stride, source=items[0].id)
 
 
 def open_item(item: Item) -> Path | OpenFile:
     """Where a decoder reads an item: its file, or an open one that the caller closes.
 
+    What lies elsewhere is fetched first (`toto.media.fetched`).
+
     Raises:
         MediaError: the file or the row that holds it can't be read.
+        PlaceError: it lies elsewhere and can't be reached.
     """
     if isinstance(item.part, Bytes):
+        if isinstance(item.path, RemotePath) and compression(item.path) is None:
+            return fetched_bytes(item.path, item.part.offset, item.part.size, source=item.id)
         try:
             return io.BufferedReader(_Section(item.path, item.part))
         except OSError as error:
             raise MediaError(f"its tar can't be read ({error.strerror})", where=item.id, fix="restore it") from None
     if isinstance(item.part, Row):
         return io.BytesIO(_row_bytes(item, item.part))
-    return item.path
+    return _on_disk(item)
+
+
+def _on_disk(item: Item) -> Path:
+    return fetched_file(item.path, source=item.id) if isinstance(item.path, RemotePath) else item.path
 
 
 class _Section(io.RawIOBase):
     """Some bytes of a file as a file of their own."""
 
-    def __init__(self, path: Path, part: Bytes):
-        self._file = path.open("rb", buffering=0)
+    def __init__(self, path: Path | RemotePath, part: Bytes):
+        self._file = open_tar(path).detach()
         self._part, self._place = part, 0
 
     def readable(self) -> bool:
@@ -103,9 +144,9 @@ class _Section(io.RawIOBase):
 class _RowReader:
     """Reads rows of one column of a parquet file; rows in rising order are read in one pass, a few at a time."""
 
-    def __init__(self, path: Path, column: str):
+    def __init__(self, path: Path | RemotePath, column: str):
         self.key = path, column
-        self._file = pq.ParquetFile(path)
+        self._file = pq.ParquetFile(path if isinstance(path, Path) else path.open("rb"))
         self._column = column
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._batch: pa.Array[Any] | None = None

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
 from torch import Tensor
 
+from toto.media.limits import MAX_PIXELS
+from toto.runtime.errors import MediaError
+
 Crop = Literal["centre", "random"]
+RESIZED_AT_ONCE = 16_000_000  # pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +66,24 @@ def apply_crop(frames: UInt8[Tensor, "T H W 3"], box: Box) -> UInt8[Tensor, "T h
     return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
 
 
+def resized_crop(frames: UInt8[Tensor, "T H W 3"], height: int, width: int, box: Box) -> UInt8[Tensor, "T h w 3"]:
+    """What `apply_crop(resize(frames, height, width), box)` gives, made of a few frames at a time.
+
+    Raises:
+        MediaError: resized, a frame is far larger than the crop, as of a picture that is long and narrow.
+    """
+    if height * width > MAX_PIXELS:
+        what = f"too long and narrow: {width} x {height} pixels once resized, the limit is {MAX_PIXELS:,}"
+        raise MediaError(what, fix="crop it")
+    parts = torch.split(frames, max(1, RESIZED_AT_ONCE // (height * width)))
+    crops = [apply_crop(resize(part, height, width), box).contiguous() for part in parts]
+    return crops[0] if len(crops) == 1 else torch.cat(crops)
+
+
 def square(
     frames: UInt8[Tensor, "T H W 3"], size: int, crop: Crop = "centre", rng: np.random.Generator | None = None
 ) -> UInt8[Tensor, "T size size 3"]:
-    """Shortest side to `size`, then one `size` x `size` crop for all frames."""
+    """Shortest side to `size`, then one `size` x `size` crop for all frames; for errors see `resized_crop`."""
     height, width = shortest_side_to(frames.shape[1], frames.shape[2], size)
     box = crop_box(height, width, size, crop, rng)
-    return apply_crop(resize(frames, height, width), box).contiguous()
+    return resized_crop(frames, height, width, box)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from toto.model.cache import Cache
+from toto.model.cache import KeyValueCache
 from toto.model.config import ModelConfig
+from toto.model.parametrisation import parametrisation
 
 
 def rotary_angles(start: int, count: int, head_size: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -32,21 +33,22 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.heads, self.layer = config.heads, layer
+        self.scale = parametrisation(config).attention_scale(config)
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Float[Tensor, "B S D"], angles: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def forward(self, x: Float[Tensor, "B S D"], angles: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
         """Attend to the same and earlier positions, those in the cache included."""
         B, S, D = x.shape
         q, k, v = self.qkv(x).view(B, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is None:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         else:
             k, v = cache.written(self.layer, k.to(cache.keys.dtype), v.to(cache.values.dtype))
             q = q.to(k.dtype)
-            mask = None if S == 1 else _causal(S, k.shape[2], x.device)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            mask = None if S == 1 else causal_mask(S, k.shape[2], x.device)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         return self.out(mixed.transpose(1, 2).reshape(B, S, D).to(x.dtype))  # type: ignore[no-any-return]
 
 
@@ -75,13 +77,25 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Float[Tensor, "B S D"], angles: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def forward(self, x: Float[Tensor, "B S D"], angles: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
         """One layer of the residual stream."""
         x = x + self.attention(self.attention_norm(x), angles, cache)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
 
-def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
+class Head(nn.Linear):
+    """The output layer, by way of the parametrisation's multiplier; it has a bias for pixel targets only."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.width, config.outputs, bias=config.targets == "pixels")
+        self.multiplier = parametrisation(config).output_multiplier(config)
+
+    def forward(self, x: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead V"]:
+        """What is predicted at each position."""
+        return super().forward(x if self.multiplier == 1 else x * self.multiplier)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     """Bool `[queries, keys]`: the last query sees all keys, the one before it all but the last, and so on."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(diagonal=keys - queries)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import entry_points
 
-from toto.recipes import pretraining, tokenizer
+from toto.model.config import SCALING
+from toto.recipes import baselines, pretraining, tokenizer
 from toto.runtime.errors import ConfigError
 from toto.training.config import TrainConfig
 from toto.training.tokenizer import TokenizerTrainConfig
@@ -17,12 +18,21 @@ from toto.training.tokenizer import TokenizerTrainConfig
 PRETRAINING: dict[str, Callable[[], TrainConfig]] = {
     "demo": pretraining.demo,
     "nano": pretraining.nano,
+    "tiny": pretraining.tiny,
+    "small": pretraining.small,
     "base": pretraining.base,
     "large": pretraining.large,
     "1b": pretraining.one_b,
+    **{name: partial(pretraining.scaling, name) for name in SCALING},
     "table3-tokens": pretraining.table3_tokens,
     "table3-patch-patch": pretraining.table3_patch_patch,
     "table3-patch-dvae": pretraining.table3_patch_dvae,
+    "table6-toto": baselines.table6_toto,
+    "table6-gpt2": baselines.table6_gpt2,
+    "table6-mamba": baselines.table6_mamba,
+    "table6-nano-toto": baselines.table6_nano_toto,
+    "table6-nano-gpt2": baselines.table6_nano_gpt2,
+    "table6-nano-mamba": baselines.table6_nano_mamba,
 }
 
 TOKENIZERS: dict[str, Callable[[], TokenizerTrainConfig]] = {

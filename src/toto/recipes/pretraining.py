@@ -9,8 +9,8 @@ from typing import Any
 from toto.model.config import ModelConfig, size
 from toto.tokens.sequence import Modality
 from toto.training.config import DataConfig, TrainConfig
-from toto.training.mixture import SourceConfig
 from toto.training.optimizer import OptimizerConfig
+from toto.training.source import SourceConfig
 
 SEQUENCES_OF_THE_PAPER = 256  # 1 M tokens in a batch (section 3.2) = 256 sequences x 4,096 visual tokens
 STEPS_OF_THE_PAPER = 1_000_000  # the published loss curve ends at about 1.05 T tokens
@@ -65,6 +65,16 @@ def nano() -> TrainConfig:
     )
 
 
+def tiny() -> TrainConfig:
+    """A larger one for a laptop, 9 M parameters; see `nano`."""
+    return replace(nano(), model=size("tiny"))
+
+
+def small() -> TrainConfig:
+    """The largest one for a laptop, 34 M parameters; see `nano`, and ask `toto plan small --machine this`."""
+    return replace(nano(), model=size("small"), micro_batch=1)
+
+
 def _paper(name: str, *, micro_batch: int) -> TrainConfig:
     return TrainConfig(
         data=DataConfig(frames=16),
@@ -93,6 +103,18 @@ def large() -> TrainConfig:
 def one_b() -> TrainConfig:
     """The paper's 1b model; see `base`. Expected: about 3.31 nats."""
     return _paper("1b", micro_batch=2)
+
+
+def scaling(name: str) -> TrainConfig:
+    """A model of the paper's scaling study, a1 to a6 (Table 15), reconstructed; see `toto.model.config.size`.
+
+    Batch, steps and rates of those runs aren't published: these are the ones of its main runs. The study's tokenizer
+    has 16,384 codes.
+
+    Command: toto train a1 --out runs/a1 --data image:imagenet=0.2 ego4d=0.1 kinetics=0.1 howto100m=0.6
+    Cost: `toto plan a1 --codes 16384`.
+    """
+    return _paper(name, micro_batch=4)
 
 
 def _table3(**changes: Any) -> TrainConfig:

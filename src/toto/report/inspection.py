@@ -46,8 +46,8 @@ class Accounts:
 
     Attributes:
         read: items that were looked at.
-        failed: items that could not be read.
-        skipped: files that are neither images nor videos.
+        failed: inputs that could not be read, or are missing.
+        skipped: files that are neither images nor videos, and what is named twice.
         beyond_limit: items that were not opened, since there are more of them than frames may be looked at.
         frames: frames that were looked at.
         frames_available: how many there are; None where some were not opened or not read to their end.
@@ -106,6 +106,7 @@ class Part:
         accounts: how much of it was looked at.
         originals: the few frames whose reconstructions are shown; None where there are only codes.
         inspected: a result for each tokenizer, in the order they were named.
+        ledger: what became of every input (of a store: of the inputs it was made from).
     """
 
     name: str
@@ -114,6 +115,7 @@ class Part:
     accounts: Accounts
     originals: UInt8[Tensor, "T H W 3"] | None
     inspected: tuple[Inspected, ...]
+    ledger: tuple[LedgerRow, ...] = ()
 
 
 def side_by_side(parts: Sequence[Part]) -> list[tuple[str, ...]]:
@@ -270,8 +272,8 @@ def _facts(parts: Sequence[Part]) -> dict[str, str]:
 def _table_section(parts: Sequence[Part]) -> Section:
     looked = [f"{part.name}: {part.accounts.in_words()}." for part in parts]
     unusable = [
-        f"{part.name}: {part.accounts.failed:,} items could not be read, {part.accounts.skipped:,} files are neither "
-        "images nor videos."
+        f"{part.name}: {part.accounts.failed:,} inputs could not be read, {part.accounts.skipped:,} are no images or "
+        "videos, or are named twice."
         for part in parts
         if part.accounts.failed or part.accounts.skipped
     ]

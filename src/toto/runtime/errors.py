@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 
 
@@ -11,13 +10,13 @@ class TotoError(Exception):
 
     Args:
         what: what is wrong, without a full stop.
-        where: the file, folder, option or item it is about.
+        where: the file, folder, URL, option or item it is about; its text is shown.
         fix: what the reader can do.
     """
 
-    def __init__(self, what: str, *, where: str | os.PathLike[str] | None = None, fix: str | None = None):
+    def __init__(self, what: str, *, where: object = None, fix: str | None = None):
         self.what, self.where, self.fix = what, where, fix
-        place = "" if where is None else f"{os.fspath(where)}: "
+        place = "" if where is None else f"{where}: "
         remedy = "" if fix is None else f"; {fix}"
         super().__init__(" ".join(f"{place}{what}{remedy}".split()))
 
@@ -26,7 +25,7 @@ class TotoError(Exception):
         return _rebuild, (
             type(self),
             self.what,
-            None if self.where is None else os.fspath(self.where),
+            None if self.where is None else str(self.where),
             self.fix,
         )
 
@@ -49,6 +48,14 @@ class ShortMediaError(MediaError):
     """A media file that is readable but holds too few frames or pixels."""
 
     status: Literal["corrupt", "short"] = "short"
+
+
+class PlaceError(TotoError):
+    """A place elsewhere that can't be reached now; says nothing about what lies there."""
+
+
+class StorageError(TotoError):
+    """A file or folder that can't be written: no space, no permission, a limit."""
 
 
 class PassportError(TotoError):

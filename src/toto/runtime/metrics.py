@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toto.runtime.files import write_text
+from toto.runtime.files import write_text, writing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -35,15 +35,17 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one row; names are paths such as "train/loss"."""
-        self._handle.write(json.dumps({"step": step, **values}) + "\n")
-        self._handle.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with writing(self.path):
+            self._handle.write(json.dumps({"step": step, **values}) + "\n")
+            self._handle.flush()
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close both files."""
-        self._handle.close()
-        self._board.close()
+        with writing(self.path):
+            self._handle.close()
+            self._board.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

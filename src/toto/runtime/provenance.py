@@ -13,6 +13,7 @@ from typing import Any
 
 from toto.runtime.errors import ConfigError
 from toto.runtime.files import read_json, write_json
+from toto.runtime.remote import RemotePath
 from toto.runtime.version import __version__
 
 RECORD = "made.json"
@@ -62,7 +63,7 @@ def as_plain(value: Any) -> Any:
         return {str(key): as_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, Path | RemotePath) else value
 
 
 def _commit() -> str | None:

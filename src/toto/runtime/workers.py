@@ -1,7 +1,8 @@
 """Worker processes that may die: each task ends with its result, or with how its worker was lost.
 
 A crash takes down the worker that met it and nothing else; another one takes its place. So does a task that runs out
-of time. Results come in the order of the tasks, whatever the number of workers.
+of time. A task whose worker was killed from outside is done again. Results come in the order of the tasks, whatever the
+number of workers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 AHEAD = 4  # tasks in hand for each worker: so many results may wait for an earlier one
 LEAVING = 5.0  # seconds that a process may take to be gone
-KILLED_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
+TRIALS = 3  # for a task whose worker somebody killed, which says nothing about the task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,14 @@ class Lost:
     """A task whose worker crashed, or was stopped because it took too long."""
 
     reason: str
+
+
+class KilledError(TotoError):
+    """A worker process was killed from outside (SIGKILL), as the system does when memory is short."""
+
+
+class StoppedError(TotoError):
+    """A worker process was asked to stop (SIGTERM), as all are where somebody stops a whole group of processes."""
 
 
 @final
@@ -100,6 +109,15 @@ class Workers(Generic[Task, Result]):
             yield _finished(waiting.popleft())
 
     def _run(self, task: Task, limit: float | None) -> Result | Lost:
+        for trial in range(1, TRIALS + 1):
+            try:
+                return self._try(task, limit)
+            except KilledError:
+                if self._closed or trial == TRIALS:
+                    raise
+        raise AssertionError
+
+    def _try(self, task: Task, limit: float | None) -> Result | Lost:
         try:
             worker = self._idle.get_nowait()
         except queue.Empty:
@@ -172,19 +190,24 @@ class _Worker:
         return found
 
     def _lost(self, what: str) -> Lost:
-        """How the process ended; one that somebody killed says nothing about its task.
+        """How the process ended.
 
         Raises:
-            TotoError: it was killed from outside.
+            KilledError: somebody killed it, which says nothing about its task.
+            StoppedError: somebody asked it to stop.
         """
         self._process.join(LEAVING)
         code = self._process.exitcode or 0
         self.stop()
-        if -code in KILLED_FROM_OUTSIDE:
-            raise TotoError(
-                f"a worker process was killed ({signal.Signals(-code).name}), as happens when memory is short",
-                fix="run the same command again to continue, with fewer --workers",
+        again = "run the same command again to continue"
+        if -code == signal.SIGKILL:
+            raise KilledError(
+                f"worker processes are killed (SIGKILL, {TRIALS} times at the same work), as happens when memory is"
+                " short",
+                fix=f"{again}, with fewer --workers",
             )
+        if -code == signal.SIGTERM:
+            raise StoppedError("a worker process was stopped (SIGTERM)", fix=again)
         how = _signal_name(-code) if code < 0 else f"exit code {code}"
         return Lost(reason=f"{what} crashed ({how})")
 

@@ -86,6 +86,7 @@ def export(store: TokenStore, out: Path, *, to: Format, items_in_file: int, conf
             "passport": store.passport.to_dict(),
             "stride": store.stride,
             "items": len(items),
+            "ledger": store.manifest["ledger"],
             "files": [{"file": name, "sha256": sha256_of(aside / name)} for name in names],
         }
         write_json(aside / "export.json", record)

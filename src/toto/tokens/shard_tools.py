@@ -23,10 +23,12 @@ import pyarrow.compute as pc
 
 from toto.media.ledger import LedgerRow, count_by_status
 from toto.runtime.errors import ConfigError, InterruptedRunError, StoreError
-from toto.runtime.files import folder_written_aside, remove_leftovers, sha256_of
+from toto.runtime.files import folder_written_aside, remove_leftovers
 from toto.runtime.interrupt import StopRequest, stop_on_signal
+from toto.runtime.places import sha256_at
 from toto.runtime.progress import Progress
 from toto.runtime.provenance import ANOTHER, write_provenance
+from toto.runtime.remote import RemotePath
 from toto.runtime.seed import stream
 from toto.tokens.shards import (
     MANIFEST,
@@ -51,7 +53,7 @@ def describe(store: TokenStore) -> dict[str, Any]:
     rows, cols = store.grid
     tokens = store.frame_count * rows * cols
     shards = store.manifest["shards"]
-    sizes = {name: (store.folder / name).stat().st_size for name in store.checksums if (store.folder / name).exists()}
+    sizes = store.sizes()
     pixels = sum(sizes.get(shard["pixels"]["file"], 0) for shard in shards if "pixels" in shard)
     counts = store.column("frame_count")
     return {
@@ -146,15 +148,15 @@ def merge(
         for store in stores:
             for shard in store.manifest["shards"]:
                 entry = {**shard, "file": shard_name(len(shards))}
-                _carry(store.folder / shard["file"], aside / entry["file"], copy)
+                _carry(store.file(shard["file"]), aside / entry["file"], copy)
                 kept = entry.pop("pixels", None)
                 if kept and pixels:
                     entry["pixels"] = {**kept, "file": pixels_name(len(shards))}
-                    _carry(store.folder / kept["file"], aside / entry["pixels"]["file"], copy)
+                    _carry(store.file(kept["file"]), aside / entry["pixels"]["file"], copy)
                 shards.append(entry)
                 progress.advance()
                 _leave_if(stop, out)
-        job = {"merged": [sha256_of(store.folder / MANIFEST) for store in stores]}
+        job = {"merged": [sha256_at(store.folder / MANIFEST) for store in stores]}
         classes = _joined([store.manifest["classes"] for store in stores])
         _finish(aside, stores[0], shards, items, ledger, job, config, splits, classes)
     return TokenStore(out)
@@ -183,7 +185,7 @@ def split(store: TokenStore, chosen: Chosen, out: Path, rest: Path, *, config: A
     items, ledger = items_of(store), read_ledger(store.folder)
     taken = {whole_id(item.id) for item, mine in zip(items, chosen, strict=True) if mine}
     left = {whole_id(item.id) for item, mine in zip(items, chosen, strict=True) if not mine}
-    whole = sha256_of(store.folder / MANIFEST)
+    whole = sha256_at(store.folder / MANIFEST)
     with stop_on_signal() as stop, new_output(out) as first, new_output(rest) as second:
         parts = (
             (first, chosen, [row for row in ledger if row.id in taken], "chosen"),
@@ -259,7 +261,7 @@ def new_output(out: Path) -> Iterator[Path]:
         yield aside
 
 
-def _leave_if(stop: StopRequest, where: Path) -> None:
+def _leave_if(stop: StopRequest, where: object) -> None:
     if stop:
         raise InterruptedRunError(f"stopped by {stop.name}", where=where, fix="nothing was written; run it again")
 
@@ -267,7 +269,9 @@ def _leave_if(stop: StopRequest, where: Path) -> None:
 def _require_alike(stores: list[TokenStore], pixels: bool) -> None:
     if not stores:
         raise ConfigError("no store to merge", where="toto shards merge", fix="name the stores")
-    first, places = stores[0], [store.folder.resolve() for store in stores]
+    for store in stores:
+        store.require_codes()
+    first, places = stores[0], [_resolved(store.folder) for store in stores]
     for number, store in enumerate(stores[1:], start=1):
         if places[number] in places[:number]:
             raise ConfigError("is given twice", where=store.folder, fix="name each store once")
@@ -299,9 +303,13 @@ def _require_known(store: TokenStore, wanted: Collection[str], held: Collection[
         raise ConfigError(f"holds no {what} {strange[0]!r}{more}", where=store.folder, fix=f"choose {example}")
 
 
+def _resolved(folder: Path | RemotePath) -> Path | RemotePath:
+    return folder.resolve() if isinstance(folder, Path) else folder
+
+
 def _names(stores: list[TokenStore]) -> list[str]:
     """What stands before the ids of each store: its folder's name, numbered where several have the same."""
-    names = [store.folder.resolve().name for store in stores]
+    names = [_resolved(store.folder).name for store in stores]
     return [
         f"{name}{f'-{names[:place].count(name) + 1}' if names.count(name) > 1 else ''}/"
         for place, name in enumerate(names)

@@ -14,7 +14,12 @@ Frames are stored at the tokenizing stride and windows are cut when they are rea
 
 from __future__ import annotations
 
+import hashlib
+import io
 import itertools
+import json
+import math
+import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,10 +39,15 @@ from toto.media.decode import Kind
 from toto.media.ledger import LedgerRow
 from toto.runtime.errors import ConfigError, StoreError
 from toto.runtime.files import read_json, sha256_of, write_json, written_aside
+from toto.runtime.places import as_path, sha256_at
+from toto.runtime.remote import RemotePath
+from toto.tokens.kept_files import KeptFiles
 from toto.tokens.passport import Passport
 
 FORMAT, VERSION = "toto-shards", 1
 MANIFEST, ITEMS, LEDGER, SPLITS = "manifest.json", "items.parquet", "ledger.parquet", "splits.parquet"
+ONLINE = "online"  # of a job: where the items are, of a store that holds no codes of them
+SEAL = "sha256"  # of the manifest, in it; stores of before have none
 FEW_RUNS, LARGE_RUN = 4, 2048  # from here on, one slice a run is faster than one index over all of them
 Codes = npt.NDArray[np.uint16]
 Pixels = npt.NDArray[np.uint8]
@@ -131,24 +141,30 @@ def finish_store(
     job: dict[str, Any],
     classes: Sequence[str] | None = None,
 ) -> None:
-    """Write the items and, last, the manifest that makes the store whole; the ledger is there by then."""
+    """Write the items and, last, the manifest that makes the store whole; ledger and splits are there by then."""
     _write_table(folder / ITEMS, ITEM_SCHEMA, items)
-    write_json(
-        folder / MANIFEST,
+    manifest = sealed(
         {
             "format": FORMAT,
             "version": VERSION,
             "passport": passport.to_dict(),
             "stride": stride,
-            "frames": sum(shard["frames"] for shard in shards),
+            "frames": sum(item.frame_count for item in items),
             "items": len(items),
             "classes": in_order({item.label for item in items if item.label is not None}, classes or ()),
             "ledger": counts,
             "shards": shards,
-            "tables": {name: sha256_of(folder / name) for name in (ITEMS, LEDGER)},
+            "tables": {name: sha256_of(folder / name) for name in (ITEMS, LEDGER, SPLITS) if (folder / name).exists()},
             "job": job,
-        },
+        }
     )
+    write_json(folder / MANIFEST, manifest)
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with the SHA-256 of all else that it says."""
+    said = {name: value for name, value in manifest.items() if name != SEAL}
+    return said | {SEAL: hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
 
 
 def in_order(labels: Collection[str], known: Sequence[str]) -> list[str]:
@@ -164,11 +180,11 @@ def write_splits(folder: Path, splits: Mapping[str, str | None]) -> None:
             pq.write_table(pa.Table.from_pylist(rows, schema=SPLIT_SCHEMA), aside)
 
 
-def read_splits(folder: Path) -> dict[str, str | None]:
+def read_splits(folder: Path | RemotePath) -> dict[str, str | None]:
     """The split of each item of a store by its id; empty where its source named none."""
-    if not (folder / SPLITS).exists():
+    if not (folder / SPLITS).is_file():
         return {}
-    table = pq.read_table(folder / SPLITS, schema=SPLIT_SCHEMA)
+    table = pq.read_table(_readable(folder / SPLITS), schema=SPLIT_SCHEMA)
     return {row["id"]: row["split"] for row in table.to_pylist()}
 
 
@@ -176,19 +192,21 @@ class TokenStore:
     """A finished store, opened for reading: nothing but the manifest is read before it is asked for.
 
     Columns of the items are read one by one and stay NumPy or Arrow arrays, so a store of a million items opens in a
-    moment; frames are mapped file by file.
+    moment; frames are mapped file by file. Files of a store at a URL are fetched when they are first needed, checked,
+    and kept in a bounded folder of this machine (`toto.runtime.cache`).
 
     Args:
-        folder: the store's.
+        folder: the store's, or its URL.
         verify: "read" compares every file with its checksum before anything of it is handed out, once.
 
     Raises:
         StoreError: the folder is no finished store, or a file of it is missing, damaged or of another size.
+        PlaceError: the URL can't be reached.
     """
 
-    def __init__(self, folder: str | Path, *, verify: Verify = "never"):
-        self.folder, self._verify = Path(folder), verify
-        if not self.folder.is_dir():
+    def __init__(self, folder: str | Path | RemotePath, *, verify: Verify = "never"):
+        self.folder, self._verify = as_path(folder), verify
+        if isinstance(self.folder, Path) and not self.folder.is_dir():
             raise StoreError("no such shard folder", where=self.folder, fix="make it with `toto tokenize`")
         manifest = read_json(self.folder / MANIFEST, what="shard manifest (the store is unfinished or not a store)")
         if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (
@@ -196,13 +214,18 @@ class TokenStore:
             VERSION,
         ):
             raise StoreError(f"not a {FORMAT} store of version {VERSION}", where=self.folder, fix="make it again")
+        if SEAL in manifest and manifest != sealed(manifest):
+            raise StoreError("damaged (its own checksum)", where=self.folder / MANIFEST, fix="make the store again")
         self.manifest = manifest
         self.passport = Passport.from_dict(manifest["passport"], where=str(self.folder))
         self.stride = int(manifest["stride"])
         self._maps: dict[str, npt.NDArray[Any]] = {}
         self._columns: dict[str, npt.NDArray[Any]] = {}
-        self._items_checked = False
+        self._checked: set[str] = set()  # files that were compared with their checksums
         self._firsts = np.cumsum([0, *(shard["frames"] for shard in manifest["shards"])])
+        self._kept = KeptFiles(self.folder, self.checksums) if isinstance(self.folder, RemotePath) else None
+        if self._kept:
+            self._kept.warn_if_larger(2 * int(self._firsts[-1]) * math.prod(self.grid), "its codes take")
 
     def __repr__(self) -> str:
         return f"TokenStore({str(self.folder)!r}, {len(self)} items, {self.frame_count} frames, grid {self.grid})"
@@ -212,8 +235,13 @@ class TokenStore:
 
     @property
     def frame_count(self) -> int:
-        """Token frames in all files."""
-        return int(self._firsts[-1])
+        """Token frames of all items."""
+        return int(self.manifest["frames"])
+
+    @property
+    def is_online(self) -> bool:
+        """Whether there are no codes on disk: they are made when they are read (`toto.tokens.online`)."""
+        return ONLINE in self.manifest["job"]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -315,6 +343,12 @@ class TokenStore:
         """
         return torch.from_numpy(self.pixel_frames(*self._frames_of(number, start, count)).copy())
 
+    def require_codes(self) -> None:
+        """Refuse a store whose codes are made when they are read."""
+        if self.is_online:
+            fix = "make it again without --online"
+            raise StoreError("holds no codes, which training makes as it reads", where=self.folder, fix=fix)
+
     def require_pixels(self) -> None:
         """Refuse a store that was made without pixels."""
         if not self.has_pixels:
@@ -337,9 +371,38 @@ class TokenStore:
             StoreError: it is missing or damaged.
         """
         path = self.folder / name
-        if not path.exists() or sha256_of(path) != self.checksums[name]:
-            state = "damaged" if path.exists() else "missing"
+        there = path.is_file()
+        if not there or sha256_at(path) != self.checksums[name]:
+            state = "damaged" if there else "missing"
             raise StoreError(f"{state} (checksum of the manifest)", where=path, fix="make the store again")
+
+    def file(self, name: str) -> Path:
+        """A file of the store on this machine, one that the manifest names.
+
+        Of a store at a URL it is a copy that stays until others need the room; open it at once.
+        """
+        if isinstance(self.folder, Path):
+            return self.folder / name
+        assert self._kept is not None
+        kept, maps = self._kept, weakref.ref(self)
+
+        def let_go() -> None:
+            if store := maps():
+                store._maps.pop(name, None)
+
+        path = kept.file(name, let_go)
+        if self._verify == "read" and name not in self._checked:
+            path = kept.checked_again(name, let_go)
+            self._checked.add(name)
+        return path
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file that the manifest names and that is there."""
+        if isinstance(self.folder, Path):
+            paths = {name: self.folder / name for name in self.checksums}
+            return {name: path.stat().st_size for name, path in paths.items() if path.exists()}
+        there = {file.name: file.size or 0 for file in self.folder.files()}
+        return {name: there[name] for name in self.checksums if name in there}
 
     def verify(self) -> None:
         """Read every byte and compare it with the manifest's checksums."""
@@ -353,6 +416,7 @@ class TokenStore:
 
     def _place(self, first: int, count: int) -> tuple[int, int]:
         """The number of the shard that frames `first .. first + count - 1` lie in, and where in it they begin."""
+        self.require_codes()
         number = int(np.searchsorted(self._firsts, first, side="right")) - 1
         if first < 0 or number >= len(self._firsts) - 1 or first + count > self._firsts[number + 1]:
             last = first + count - 1
@@ -372,9 +436,7 @@ class TokenStore:
 
     def _map(self, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
         if name not in self._maps:
-            path = self.folder / name
-            if self._verify == "read":
-                self.require_whole(name)
+            path = self._checked_file(name)
             try:
                 mapped = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError) as error:
@@ -383,17 +445,31 @@ class TokenStore:
                 found, said = f"{mapped.dtype} {mapped.shape}", f"{np.dtype(dtype)} {shape}"
                 raise StoreError(f"holds {found}, the manifest says {said}", where=path, fix="make it again")
             self._maps[name] = mapped.view(np.ndarray)  # slices of a memmap cost three times those of an array
+            return self._maps[name]
+        if self._kept:
+            self._kept.touch(name)
         return self._maps[name]
 
+    def _checked_file(self, name: str) -> Path:
+        if self._verify == "read" and isinstance(self.folder, Path) and name not in self._checked:
+            self.require_whole(name)
+            self._checked.add(name)
+        return self.file(name)
+
     def _read_items(self, columns: list[str]) -> pa.Table:
-        path = self.folder / ITEMS
-        if self._verify == "read" and not self._items_checked:
-            self.require_whole(ITEMS)
-            self._items_checked = True
+        path = self._checked_file(ITEMS)
         try:
-            return pq.read_table(path, columns=columns, schema=ITEM_SCHEMA)
+            with pq.ParquetFile(path) as file:  # read_table would load Arrow's datasets, 12 MB, and threads for them
+                found = file.read(columns, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"items can't be read ({error})", where=path, fix="make the store again") from None
+        if found.schema != pa.schema([ITEM_SCHEMA.field(name) for name in columns]):
+            raise StoreError("items can't be read (other columns)", where=path, fix="make the store again")
+        return found
+
+
+def _readable(path: Path | RemotePath) -> Path | io.BytesIO:
+    return path if isinstance(path, Path) else io.BytesIO(path.read_bytes())
 
 
 def write_ledger(folder: Path, ledger: list[LedgerRow]) -> None:
@@ -401,9 +477,9 @@ def write_ledger(folder: Path, ledger: list[LedgerRow]) -> None:
     _write_table(folder / LEDGER, LEDGER_SCHEMA, ledger)
 
 
-def read_ledger(folder: Path) -> list[LedgerRow]:
+def read_ledger(folder: Path | RemotePath) -> list[LedgerRow]:
     """The ledger of a store."""
-    return [LedgerRow(**row) for row in pq.read_table(folder / LEDGER).to_pylist()]
+    return [LedgerRow(**row) for row in pq.read_table(_readable(folder / LEDGER)).to_pylist()]
 
 
 def _write_table(path: Path, schema: pa.Schema, rows: list[Any]) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from toto.model.transformer import Transformer
+from toto.model.causal import CausalModel
 from toto.model.weights import Card, load_card, save_model
 from toto.runtime.errors import CheckpointError
 from toto.runtime.files import folder_written_aside
@@ -48,7 +48,7 @@ ALLOWED = {
 
 
 def save_checkpoint(
-    run: Path, model: Transformer, optimizer: torch.optim.Optimizer, card: Card, *, step: int, keep: int
+    run: Path, model: CausalModel, optimizer: torch.optim.Optimizer, card: Card, *, step: int, keep: int
 ) -> Path:
     """Save after `step` finished steps, then delete all but the newest `keep` checkpoints."""
     folder = run / "checkpoints" / f"step-{step:08d}"
@@ -62,7 +62,7 @@ def save_checkpoint(
     return folder
 
 
-def restore_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> Card:
+def restore_checkpoint(folder: Path, model: CausalModel, optimizer: torch.optim.Optimizer) -> Card:
     """Load weights and optimizer state in place; returns the checkpoint's card.
 
     Raises:
@@ -91,7 +91,7 @@ def restore_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.
     return load_card(folder)
 
 
-def _state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _state(model: CausalModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """All tensors that training goes on from, by name; loading fills them in place."""
     names = {id(weight): name for name, weight in model.named_parameters()}
     moments = {names[id(weight)]: dict(values) for weight, values in optimizer.state.items()}

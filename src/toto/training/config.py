@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from toto.model.config import ModelConfig
+from toto.model.config import BackboneConfig
 from toto.runtime.device import Precision
 from toto.runtime.errors import ConfigError
-from toto.training.mixture import MixtureChange, SourceConfig
+from toto.training.mixture import MixtureChange
 from toto.training.optimizer import OptimizerConfig
+from toto.training.source import SourceConfig, Views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +19,18 @@ class DataConfig:
     Attributes:
         sources: shard folders with their weights and modalities.
         heldout: shard folders that are only evaluated on.
-        schedule: changes of the sources' weights, in rising order of their steps. Weights count sequences, which are
-            all equally long, so they are also shares of tokens.
+        schedule: changes of the sources' weights, in rising order of their steps. Weights count sequences. All
+            sequences of a mixture have T x rows x cols tokens, so they are shares of its tokens too, and a number of
+            tokens is as good a weight as 0.2.
         frames: T, frames (or images) in a sequence (the paper: 16).
         short_steps: for this many steps at the beginning, each window is cut into sequences of `short_frames`
             frames, which all count in its place. Copying from the frame before is found far sooner in short ones.
         short_frames: frames of these; must divide T.
+        workers: batches made ahead of their step. For stored codes as many threads make them; for stores that
+            `toto tokenize --online` made, as many processes decode and encode. 0 makes each batch when it is needed.
+            Batches are the same with any number.
+        views: of an input that was tokenized several times (`toto tokenize --views`), take all views in each epoch, or
+            one in each, in turn.
         checks: compare every file of the shards with its checksum before anything of it is used. Reads each file
             once more, when it is first needed.
     """
@@ -34,11 +41,15 @@ class DataConfig:
     frames: int = 16
     short_steps: int = 0
     short_frames: int = 2
+    workers: int = 1
+    views: Views = "all"
     checks: bool = False
 
     def __post_init__(self) -> None:
         if self.frames < 1:
             raise ConfigError(f"must be at least 1, is {self.frames}", where="--data.frames")
+        if self.workers < 0:
+            raise ConfigError(f"must not be negative, is {self.workers}", where="--data.workers")
         if self.short_steps and (self.short_frames < 1 or self.frames % self.short_frames):
             raise ConfigError(f"{self.short_frames} doesn't divide {self.frames}", where="--data.short-frames")
         steps = [change.step for change in self.schedule]
@@ -85,7 +96,7 @@ class TrainConfig:
     """
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig
+    model: BackboneConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     init: str | None = None
     steps: int

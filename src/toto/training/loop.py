@@ -6,7 +6,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import closing
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
@@ -15,30 +15,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toto.model.architectures import build, config_class, described
 from toto.model.budget import parameter_line
+from toto.model.causal import CausalModel
 from toto.model.config import ModelConfig, with_patch_values, with_vocabulary
-from toto.model.transformer import Transformer
-from toto.model.weights import Card, load_card, load_model, newest_checkpoint
+from toto.model.weights import Card, load_card, load_config, load_model, newest_checkpoint
 from toto.runtime.device import autocast, pick_device
 from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
-from toto.runtime.files import read_json, remove_leftovers, sha256_of, write_json
-from toto.runtime.interrupt import stop_on_signal
+from toto.runtime.files import read_json, remove_leftovers, write_json
+from toto.runtime.interrupt import StopRequest, stop_on_signal
 from toto.runtime.metrics import Metrics
+from toto.runtime.places import sha256_at
 from toto.runtime.progress import Progress, say
 from toto.runtime.provenance import ANOTHER, RECORD, as_plain, write_provenance
+from toto.runtime.workers import StoppedError
+from toto.tokens.online import Encoders
 from toto.tokens.passport import Passport
 from toto.tokens.patches import patch_values
 from toto.tokens.sequence import sequence_length, sequence_vocabulary
 from toto.tokens.shards import MANIFEST
 from toto.training.checkpoint import restore_checkpoint, save_checkpoint
-from toto.training.config import TrainConfig
+from toto.training.config import DataConfig, TrainConfig
 from toto.training.mixture import Batch, Mixture, describe
 from toto.training.objective import next_token_loss
-from toto.training.optimizer import learning_rate, make_optimizer
+from toto.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from toto.training.prefetch import ReadAhead
 
-Evaluate = Callable[[Transformer], dict[str, float]]
+Evaluate = Callable[[CausalModel], dict[str, float]]
 FREE_TO_CHANGE = ("device", "keep", "log_every", "save_every", "eval_every", "eval_sequences")
+FREE_DATA = ("heldout", "checks", "schedule", "workers")  # of the data; the schedule is compared by itself
 
 
 def train(config: TrainConfig, out: Path, *, evaluate: Evaluate | None = None, resume: bool = False) -> Path:
@@ -58,12 +63,19 @@ def train(config: TrainConfig, out: Path, *, evaluate: Evaluate | None = None, r
     run = _prepare(config, out, resume)
     with (
         closing(run.ahead),
+        closing(run.mixture),  # first, so that nobody waits for what is being encoded
         stop_on_signal() as stop,
         Progress("training", total=config.steps, unit="steps", done=run.step) as progress,
     ):
         while run.step < config.steps:
             began = time.perf_counter()
-            loss, norm = _step(run)
+            try:
+                loss, norm = _step(run)
+            except StoppedError:  # a signal to the whole group of processes reaches those that encode too
+                if not stop:
+                    raise
+                run.save()
+                raise _interrupted(run, stop) from None
             if run.step % config.log_every == 0 or run.step == config.steps:
                 _log(run, loss, norm, time.perf_counter() - began)
             progress.advance(
@@ -76,10 +88,7 @@ def train(config: TrainConfig, out: Path, *, evaluate: Evaluate | None = None, r
             if run.step % config.save_every == 0 or run.step == config.steps or stop:
                 run.save()
             if stop and run.step < config.steps:
-                run.metrics.close()
-                raise InterruptedRunError(
-                    f"stopped by {stop.name} after step {run.step}", where=out, fix="add --resume to continue"
-                )
+                raise _interrupted(run, stop)
     run.metrics.close()
     return run.save()
 
@@ -92,7 +101,7 @@ class _Run:
     out: Path
     mixture: Mixture
     ahead: ReadAhead[tuple[Batch, Tensor]]
-    model: Transformer
+    model: CausalModel
     optimizer: torch.optim.Optimizer
     metrics: Metrics
     device: torch.device
@@ -134,17 +143,25 @@ def _prepare(config: TrainConfig, out: Path, resume: bool) -> _Run:
         pixels=sees_pixels,
         changes=config.data.changes(config.batch),
         verify="read" if config.data.checks else "never",
+        views=config.data.views,
+        encoders=Encoders(workers=config.data.workers, device=config.device),
     )
     architecture = with_vocabulary(config.model, sequence_vocabulary(mixture.passport.vocab_size))
-    if sees_pixels:
+    if isinstance(architecture, ModelConfig) and sees_pixels:
         architecture = with_patch_values(architecture, patch_values(mixture.passport))
     torch.manual_seed(config.seed)
-    model = Transformer(architecture).to(device)
-    optimizer = make_optimizer(model, config.optimizer)
+    model = build(architecture).to(device)
+    optimizer = make_optimizer(model, config.optimizer, rules=model.weight_rules())
     resolved = replace(config, model=architecture)
     step = 0
     if newest:
         step = int(load_card(newest).training["step"])
+        if (kind := load_config(newest).kind) != architecture.kind:
+            raise ConfigError(
+                f"holds a run of a {kind} model, the recipe's is {architecture.kind}",
+                where=out,
+                fix="use a recipe of the same, or another --out",
+            )
         _require_same_run(resolved, out, step)
         card = restore_checkpoint(newest, model, optimizer)
         used = len(_drawn_from(as_plain(config.data), step)["sources"])
@@ -163,11 +180,14 @@ def _prepare(config: TrainConfig, out: Path, resume: bool) -> _Run:
         say(str(source))
     say(f"model: {parameter_line(architecture)}, on {device}")
     metrics = Metrics(out, continue_from=step if newest else None)
-    ahead = ReadAhead(lambda step: _read(mixture, config, step, pinned=device.type == "cuda"), end=config.steps)
+    pinned = device.type == "cuda"
+    ahead = ReadAhead(
+        lambda step: _read(mixture, config, step, pinned=pinned), end=config.steps, workers=config.data.workers
+    )
     return _Run(config, out, mixture, ahead, model, optimizer, metrics, device, step)
 
 
-def start_from(checkpoint: str, model: Transformer, passport: Passport) -> None:
+def start_from(checkpoint: str, model: CausalModel, passport: Passport) -> None:
     """Load another run's weights into a new model.
 
     Raises:
@@ -177,7 +197,10 @@ def start_from(checkpoint: str, model: Transformer, passport: Passport) -> None:
     known = Passport.from_dict(load_card(checkpoint).passport, where=checkpoint)
     passport.require_tokenizer(known, where=checkpoint, fix="start from a model of the same tokenizer")
     other = load_model(checkpoint)
-    different = _differences(as_plain(replace(other.config, rope_base=model.config.rope_base)), as_plain(model.config))
+    before, now = described(other.config), described(model.config)
+    if before["kind"] != now["kind"]:
+        before, now = {"kind": before["kind"]}, {"kind": now["kind"]}
+    different = [line for line in _differences(before, now) if not line.startswith("rope_base ")]
     if different:
         raise ConfigError(f"is of another architecture ({'; '.join(different)})", where=checkpoint, fix="use the same")
     model.load_state_dict(other.state_dict())
@@ -185,7 +208,7 @@ def start_from(checkpoint: str, model: Transformer, passport: Passport) -> None:
 
 def _read(mixture: Mixture, config: TrainConfig, step: int, *, pinned: bool) -> tuple[Batch, Tensor]:
     """The windows of a step, and their sequences."""
-    batch = mixture.batch(step, config.batch)
+    batch = mixture.batch(step, config.batch, pinned=pinned)
     return batch, batch.sequences(config.data.frames_at(step), pinned=pinned)
 
 
@@ -193,9 +216,7 @@ def _step(run: _Run) -> tuple[float, float]:
     """One optimizer step; returns the batch's mean loss and the gradient's norm before clipping."""
     config = run.config
     batch, sequences = run.ahead.take(run.step)
-    rate = learning_rate(run.step, config.steps, config.optimizer)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
+    set_learning_rate(run.optimizer, learning_rate(run.step, config.steps, config.optimizer))
     run.model.train()
     losses: list[Tensor] = []
     parts = sequences.chunk(config.batch // config.micro_batch)
@@ -214,6 +235,13 @@ def _step(run: _Run) -> tuple[float, float]:
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     return mean, norm
+
+
+def _interrupted(run: _Run, stop: StopRequest) -> InterruptedRunError:
+    run.metrics.close()
+    return InterruptedRunError(
+        f"stopped by {stop.name} after step {run.step}", where=run.out, fix="add --resume to continue"
+    )
 
 
 def _log(run: _Run, loss: float, norm: float, seconds: float) -> None:
@@ -248,7 +276,7 @@ def _sequence_form(mixture: Mixture) -> dict[str, int]:
 
 def _data_hashes(mixture: Mixture) -> list[str]:
     """SHA-256 of every source's manifest, which holds the checksums of all its files."""
-    return [sha256_of(source.config.path / MANIFEST) for source in mixture.sources]
+    return [sha256_at(source.config.path / MANIFEST) for source in mixture.sources]
 
 
 def _require_same_run(config: TrainConfig, out: Path, step: int) -> None:
@@ -272,15 +300,21 @@ def _comparable(config: dict[str, Any], step: int) -> dict[str, Any]:
     """
     kept = {name: value for name, value in config.items() if name not in FREE_TO_CHANGE}
     drawn_from = _drawn_from(config["data"], step)
-    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.default is not MISSING}
+    data = {name: value for name, value in config["data"].items() if name not in FREE_DATA}
     return kept | {
         "data": {
-            **{name: value for name, value in config["data"].items() if name not in ("heldout", "checks", "schedule")},
+            **_defaults(DataConfig, but=FREE_DATA),
+            **data,
             "sources": drawn_from["sources"],
             f"schedule before step {step}": drawn_from["schedule"],
         },
-        "model": defaults | config["model"],
+        "model": _defaults(config_class(config["model"])) | config["model"],
     }
+
+
+def _defaults(kind: type[Any], *, but: Collection[str] = ()) -> dict[str, Any]:
+    fields = [field for field in dataclasses.fields(kind) if field.default is not MISSING and field.name not in but]
+    return {field.name: as_plain(field.default) for field in fields}
 
 
 def _drawn_from(data: dict[str, Any], step: int) -> dict[str, Any]:

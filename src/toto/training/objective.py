@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from toto.model.transformer import Transformer
+from toto.model.causal import CausalModel
 from toto.runtime.errors import ConfigError
 from toto.tokens.patches import normalised
 
 
 def next_token_loss(
-    model: Transformer, sequences: Int64[Tensor, "B S"], patches: Float[Tensor, "B N P"] | None = None
+    model: CausalModel, sequences: Int64[Tensor, "B S"], patches: Float[Tensor, "B N P"] | None = None
 ) -> Float[Tensor, ""]:
     """Mean loss over all predictions of every sequence, by the model's targets.
 
@@ -29,7 +29,7 @@ def next_token_loss(
 
 
 def token_losses(
-    model: Transformer, sequences: Int64[Tensor, "B S"], patches: Float[Tensor, "B N P"] | None = None
+    model: CausalModel, sequences: Int64[Tensor, "B S"], patches: Float[Tensor, "B N P"] | None = None
 ) -> Float[Tensor, "B S-1"]:
     """The loss in nats of every prediction of a code by itself."""
     logits = model(sequences[:, :-1], patches=patches).logits.float()
@@ -37,7 +37,7 @@ def token_losses(
 
 
 def patch_errors(
-    model: Transformer, sequences: Int64[Tensor, "B S"], patches: Float[Tensor, "B N P"] | None
+    model: CausalModel, sequences: Int64[Tensor, "B S"], patches: Float[Tensor, "B N P"] | None
 ) -> Float[Tensor, "B N"]:
     """The mean squared error of every predicted patch by itself; the last patch is a target only."""
     if patches is None:

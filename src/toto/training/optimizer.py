@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from toto.model.parametrisation import WeightRule
 from toto.runtime.errors import ConfigError
 
 
@@ -50,11 +52,26 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.peak_lr * (config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW; vectors (norms) are not decayed."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    groups = [
-        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, rules: Mapping[str, WeightRule] | None = None
+) -> torch.optim.AdamW:
+    """Fused AdamW, with a group for each pair of factors that the weights' rules give.
+
+    A group's rate is that of the schedule x its `rate`. Without rules all weights have one rate, and matrices decay.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            factors = (rules[name].rate, rules[name].decay) if rules else (1.0, float(weight.ndim >= 2))
+            groups.setdefault(factors, []).append(weight)
+    described = [
+        {"params": weights, "weight_decay": config.weight_decay * decay, "rate": rate}
+        for (rate, decay), weights in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(described, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Let the next step run at the schedule's `rate`, times each group's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate"]

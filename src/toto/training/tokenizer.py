@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from toto.media.ledger import LedgerRow
 from toto.runtime.device import Precision, autocast, pick_device
 from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
 from toto.runtime.files import written_aside
@@ -33,6 +35,7 @@ from toto.runtime.provenance import as_plain, write_provenance
 from toto.runtime.seed import integer, stream
 from toto.tokens.neural import Network, NeuralTokenizer
 from toto.tokens.quality import ReconstructionReport
+from toto.tokens.shards import write_ledger
 from toto.tokens.tokenizer import tokenizer_class
 from toto.training.learner import Method, Moment, Part
 from toto.training.tokenizer_data import CropConfig, Crops, Source, load_squares
@@ -109,7 +112,7 @@ def train_tokenizer(config: TokenizerTrainConfig, *, out: Path, resume: bool, de
     """Train a tokenizer into a folder; returns what was written there.
 
     The folder gets `tokenizer.json` and `model.safetensors` when the run is finished, and on the way `made.json`,
-    `metrics.jsonl`, TensorBoard events and the trainer's state.
+    `ledger.parquet`, `metrics.jsonl`, TensorBoard events and the trainer's state.
 
     Args:
         config: the run.
@@ -134,7 +137,10 @@ def train_tokenizer(config: TokenizerTrainConfig, *, out: Path, resume: bool, de
     else:
         write_provenance(out, config)
     crops = Crops(config.sources, config.seed)
-    heldout = {source.name: load_squares(source, config.heldout_size) for source in config.heldout}
+    squares = {source.name: load_squares(source, config.heldout_size) for source in config.heldout}
+    heldout = {name: frames for name, (frames, _) in squares.items()}
+    parts = {"train": crops.ledger, "heldout": {name: rows for name, (_, rows) in squares.items()}}
+    write_ledger(out, joined_ledger(parts))
     metrics = Metrics(out, continue_from=run.step or None)
     began = time.monotonic()
     with contextlib.closing(metrics), threads_for(config.parts):
@@ -179,6 +185,16 @@ def loop(run: Run, crops: Crops, heldout: Mapping[str, Tensor], metrics: Metrics
             if stop and run.step < config.steps:
                 what = f"{stop.name} after step {run.step}; everything is saved"
                 raise InterruptedRunError(what, where=out, fix="continue with --resume")
+
+
+def joined_ledger(parts: Mapping[str, Mapping[str, Sequence[LedgerRow]]]) -> list[LedgerRow]:
+    """The rows of all sources of both parts; an id becomes PART/SOURCE/ID."""
+    return [
+        dataclasses.replace(row, id=f"{part}/{name}/{row.id}")
+        for part, sources in parts.items()
+        for name, rows in sources.items()
+        for row in rows
+    ]
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import final
 
 import numpy as np
@@ -14,10 +13,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from toto.media import sample
-from toto.media.catalog import list_source
-from toto.media.decode import media_kind, read_media
+from toto.media.catalog import Catalog, Item, units
+from toto.media.catalogs import open_source
+from toto.media.ledger import LedgerRow
+from toto.media.reading import read_item, stream_unit
 from toto.media.transforms import apply_crop, crop_box, resize, square
 from toto.runtime.errors import ConfigError, MediaError
+from toto.runtime.places import AnyPath
 from toto.runtime.progress import say
 from toto.runtime.seed import stream
 from toto.tokens.neural import to_pixels
@@ -33,15 +35,20 @@ class Source:
 
     Attributes:
         name: as metrics call it ("scenes").
-        where: a folder of videos and images, or a part of the embedded sample such as "sample:scenes/train".
+        where: videos and images in any form that `toto.media.catalogs` reads, or a part of the embedded sample such as
+            "sample:scenes/train".
         stride: every `stride`-th frame of a video is taken.
         share: this source's share of the crops (relative to the others); not used for held-out frames.
+        clips: the folder that holds what a manifest names; None is the manifest's own.
+        split: only items of this split.
     """
 
     name: str
     where: str
     stride: int
     share: float
+    clips: AnyPath | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,70 +73,110 @@ class CropConfig:
     colour_shift: float
 
 
-def files_of(source: Source) -> list[Path]:
-    """The media files of a source in a fixed order; see `toto.media.catalog.list_source` for the errors."""
+Loaded = UInt8[Tensor, "_ _ _ 3"] | Item  # the frames of an item, or an image that is read when it is drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """What was read of a source.
+
+    Attributes:
+        items: what can be drawn from, in the source's order.
+        ledger: a row for every input that was offered.
+    """
+
+    items: list[Loaded]
+    ledger: tuple[LedgerRow, ...]
+
+
+def catalog_of(source: Source) -> Catalog:
+    """What a source offers; see `toto.media.catalogs.open_source` for the errors."""
     embedded = source.where.startswith(SAMPLE)
-    folder = sample.sample_folder() / source.where.removeprefix(SAMPLE) if embedded else Path(source.where)
-    return [item.path for item in list_source(folder).items]
+    where = str(sample.sample_folder() / source.where.removeprefix(SAMPLE)) if embedded else source.where
+    return open_source(where, clips=source.clips, split=source.split)
 
 
-Loaded = UInt8[Tensor, "T H W 3"] | Path  # the frames of a file, or an image that is read when it is drawn
+def load(source: Source, *, room: int = MEMORY) -> Loading:
+    """Frames of a source; once they fill `room` bytes, images are left on disk.
 
-
-def load(source: Source, *, room: int = MEMORY) -> list[Loaded]:
-    """Frames of a source, a tensor a file; once they fill `room` bytes, images are left on disk.
-
-    Files that can't be read are left out and counted aloud.
+    Items that can't be read are left out and counted aloud.
 
     Raises:
         ConfigError: there is nothing to read, or nothing can be read, or the videos don't fit into memory.
     """
     found: list[Loaded] = []
-    failed: list[MediaError] = []
-    used, files = 0, files_of(source)
-    for path in files:
-        if used > room and media_kind(path) == "image":
-            found.append(path)
+    rows: list[LedgerRow] = []
+    catalog, used = catalog_of(source), 0
+    for unit in units(catalog.items):
+        if used > room and unit[0].kind == "image":
+            found.append(unit[0])
+            rows.append(LedgerRow(id=unit[0].id, kind="image", status="ok", reason="read when it is drawn", frames=1))
             continue
-        try:
-            frames = read_media(path, stride=source.stride).frames
-        except MediaError as error:
-            failed.append(error)
-            continue
-        used += frames.numel()
-        if used > VIDEO_ROOM * room:
-            raise ConfigError(
-                f"its frames need more than {VIDEO_ROOM * room / 1e9:.0f} GB of memory",
-                where=source.where,
-                fix="raise the source's stride, or store the frames as images",
-            )
-        found.append(frames)
+        for item, frames in zip(unit, _read_unit(unit, source.stride), strict=True):
+            if isinstance(frames, MediaError):
+                rows.append(LedgerRow(id=item.id, kind=item.kind, status=frames.status, reason=frames.what))
+                continue
+            used += frames.numel()
+            if used > VIDEO_ROOM * room:
+                raise ConfigError(
+                    f"its frames need more than {VIDEO_ROOM * room / 1e9:.0f} GB of memory",
+                    where=source.where,
+                    fix="raise the source's stride, or store the frames as images",
+                )
+            found.append(frames)
+            rows.append(LedgerRow(id=item.id, kind=item.kind, status="ok", frames=len(frames)))
+    failed = [row for row in rows if row.status != "ok"]
     if failed:
-        say(f"{source.name}: {len(failed)} of {len(files)} files can't be read; the first: {failed[0]}")
+        first = f"{failed[0].id}: {failed[0].reason}"
+        say(f"{source.name}: {len(failed)} of {len(catalog.items)} items can't be read; the first: {first}")
     if not found:
-        raise ConfigError(f"nothing could be read (the first: {failed[0].what})", where=source.where)
-    return found
+        raise ConfigError(f"nothing could be read (the first: {failed[0].reason})", where=source.where)
+    return Loading(items=found, ledger=(*rows, *catalog.skipped))
+
+
+def _read_unit(unit: tuple[Item, ...], stride: int) -> list[UInt8[Tensor, "_ _ _ 3"] | MediaError]:
+    """The frames of an item, or of the windows of one video in one pass over it."""
+    if len(unit) == 1:
+        try:
+            return [read_item(unit[0], stride=stride).frames]
+        except MediaError as error:
+            return [error]
+    clips: list[list[Tensor]] = [[] for _ in unit]
+    wrong: dict[int, MediaError] = {}
+    for place, clip in stream_unit(unit, stride=stride, offsets=[0] * len(unit)):
+        if isinstance(clip, MediaError):
+            wrong.setdefault(place, clip)
+        else:
+            clips[place].append(clip.frames)
+    return [wrong.get(place) or torch.cat(parts) for place, parts in enumerate(clips)]
 
 
 def frames_of(loaded: Loaded) -> UInt8[Tensor, "T H W 3"]:
     """The frames, read now where they lie on disk."""
-    return read_media(loaded).frames if isinstance(loaded, Path) else loaded
+    return read_item(loaded).frames if isinstance(loaded, Item) else loaded
 
 
-def load_squares(source: Source, size: int) -> UInt8[Tensor, "T size size 3"]:
-    """Held-out frames: shorter side to `size`, then the square in the centre."""
-    return torch.cat([square(frames_of(loaded), size) for loaded in load(source)])
+def load_squares(source: Source, size: int) -> tuple[UInt8[Tensor, "T size size 3"], tuple[LedgerRow, ...]]:
+    """Held-out frames (shorter side to `size`, then the square in the centre), and a row for every input."""
+    loading = load(source)
+    return torch.cat([square(frames_of(loaded), size) for loaded in loading.items]), loading.ledger
 
 
 @final
 class Crops:
-    """Draws training batches; the batch of a step depends on the seed and the step alone."""
+    """Draws training batches; the batch of a step depends on the seed and the step alone.
+
+    Attributes:
+        ledger: for each source, a row for every input.
+    """
 
     def __init__(self, sources: tuple[Source, ...], seed: int):
         self.seed = seed
-        self.clips = [load(source) for source in sources]
+        loadings = [load(source) for source in sources]
+        self.ledger = {source.name: loading.ledger for source, loading in zip(sources, loadings, strict=True)}
+        self.clips = [loading.items for loading in loadings]
         self.ends = [
-            list(accumulate(1 if isinstance(loaded, Path) else len(loaded) for loaded in clips)) for clips in self.clips
+            list(accumulate(1 if isinstance(loaded, Item) else len(loaded) for loaded in clips)) for clips in self.clips
         ]
         total = sum(source.share for source in sources)
         self.shares = [source.share / total for source in sources]

@@ -12,10 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from toto.media.catalog import Bytes, Catalog, Item, Row, class_order
+from toto.media.catalog import Bytes, Catalog, Item, Row, class_order, size_of
 from toto.media.catalogs.entries import Entries, container_files, split_in_name
 from toto.media.decode import Kind, is_animated, media_kind
-from toto.runtime.errors import ConfigError
+from toto.media.unpacked import TAR_ENDINGS, damage_of, open_tar
+from toto.runtime.errors import ConfigError, MediaError
+from toto.runtime.remote import RemotePath
 
 LARGEST_MEMBER = 8 * 2**30
 LARGEST_IMAGE = 2**28
@@ -29,27 +31,34 @@ LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label", "category")
 Member = tarfile.TarInfo
 
 
-def webdataset(path: Path, _clips: Path) -> Catalog:
+def webdataset(path: Path | RemotePath, _clips: Path | RemotePath) -> Catalog:
     """Tar shards: members of one name and several endings are a sample (jpg, png, webp, mp4, ...; cls, json or txt).
 
-    Tars are read as they lie, without unpacking. Links, devices, names that lead outside, and members beyond a size
-    that nobody means are refused, each with a ledger row.
+    Tars are read as they lie, compressed ones from a scratch folder (`toto.media.unpacked`). Links, devices, names that
+    lead outside, members beyond a size that nobody means, and tars that unpack to a hundred times their size are
+    refused, each with a ledger row.
     """
     entries = Entries("webdataset")
-    for name, file in container_files(path, ".tar"):
+    for name, file in container_files(path, *TAR_ENDINGS):
+        entries.split = split_in_name(name)
+        damage: object = None
         try:
-            with file.open("rb") as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
+            with open_tar(file) as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
                 _read_tar(tar, handle, name, file, entries)
         except (tarfile.TarError, EOFError) as error:
-            entries.refuse(
-                name, "corrupt", f"the tar can't be read to its end ({error}); what lies before that is used"
-            )
+            damage = error
+        except MediaError as error:
+            entries.refuse(name, "corrupt", error.what)
         except OSError as error:
             entries.refuse(name, "corrupt", f"the tar can't be read ({error.strerror or error})")
+        if damage := damage_of(file) or damage:
+            entries.refuse(
+                name, "corrupt", f"the tar can't be read to its end ({damage}); what lies before that is used"
+            )
     return entries.catalog()
 
 
-def _read_tar(tar: tarfile.TarFile, handle: Any, name: str, file: Path, entries: Entries) -> None:
+def _read_tar(tar: tarfile.TarFile, handle: Any, name: str, file: Path | RemotePath, entries: Entries) -> None:
     sample: dict[str, Member] = {}
     key = ""
     try:
@@ -90,11 +99,13 @@ def _refusal(member: Member) -> str | None:
     return None
 
 
-def _take_sample(sample: dict[str, Member], tar: tarfile.TarFile, name: str, file: Path, entries: Entries) -> None:
+def _take_sample(
+    sample: dict[str, Member], tar: tarfile.TarFile, name: str, file: Path | RemotePath, entries: Entries
+) -> None:
     """Add the sample's medium, with the label that lies beside it."""
     if not sample:
         return
-    media = [(member, kind) for member in sample.values() if (kind := _kind(member, file))]
+    media = [(member, kind) for member in sample.values() if (kind := _kind(member, tar))]
     if not media:
         members = [ending for ending in sample if ending not in LABELS] or list(sample)
         first = sample[members[0]].name
@@ -112,19 +123,17 @@ def _take_sample(sample: dict[str, Member], tar: tarfile.TarFile, name: str, fil
         else:
             entries.lines[id] = member.offset
             part = Bytes(offset=member.offset_data, size=member.size)
-            split = split_in_name(name)
-            entries.items.append(Item(id=id, path=file, kind=kind, label=label, part=part, split=split))
+            entries.items.append(Item(id=id, path=file, kind=kind, label=label, part=part, split=entries.split))
 
 
-def _kind(member: Member, file: Path) -> Kind | None:
+def _kind(member: Member, tar: tarfile.TarFile) -> Kind | None:
     name = Path(member.name)
     if name.suffix.lower() != ".gif":
         return media_kind(name)
     if member.size > LARGEST_IMAGE:
         return "video"
-    with file.open("rb") as handle:
-        handle.seek(member.offset_data)
-        return "video" if is_animated(io.BytesIO(handle.read(member.size))) else "image"
+    handle = tar.extractfile(member)
+    return "video" if handle and is_animated(io.BytesIO(handle.read())) else "image"
 
 
 def _tar_label(sample: dict[str, Member], tar: tarfile.TarFile, name: str, entries: Entries) -> str | None:
@@ -155,7 +164,7 @@ def _label_in_json(text: str) -> str | None:
     return next((str(value) for value in found if isinstance(value, str | int) and not isinstance(value, bool)), None)
 
 
-def parquet(path: Path, _clips: Path) -> Catalog:
+def parquet(path: Path | RemotePath, _clips: Path | RemotePath) -> Catalog:
     """Parquet files with the bytes of images or videos: Hugging Face's struct of bytes and path, or plain binary.
 
     Labels are numbers, with the names that the metadata gives them where it does, or words.
@@ -163,8 +172,9 @@ def parquet(path: Path, _clips: Path) -> Catalog:
     entries = Entries("parquet")
     named: tuple[str, ...] = ()
     for name, file in container_files(path, ".parquet"):
+        entries.split = split_in_name(name)
         try:
-            opened = pq.ParquetFile(file)
+            opened = pq.ParquetFile(file if isinstance(file, Path) else file.open("rb"))
             names = _class_names(opened.schema_arrow, file)
             for item in _rows(opened, name, file, names):
                 entries.items.append(item)
@@ -179,7 +189,7 @@ def parquet(path: Path, _clips: Path) -> Catalog:
     return entries.catalog(named or class_order(entries.labels))
 
 
-def _rows(opened: pq.ParquetFile, name: str, file: Path, names: tuple[str, ...]) -> Iterator[Item]:
+def _rows(opened: pq.ParquetFile, name: str, file: Path | RemotePath, names: tuple[str, ...]) -> Iterator[Item]:
     schema = opened.schema_arrow
     column = _media_column(schema, file)
     labelled = next((each for each in LABEL_COLUMNS if each in schema.names), None)
@@ -188,7 +198,7 @@ def _rows(opened: pq.ParquetFile, name: str, file: Path, names: tuple[str, ...])
     paths = f"{column}.path" if pa.types.is_struct(field) and field.get_field_index("path") >= 0 else None
     wanted = [each for each in (labelled, split, paths) if each]
     count = opened.metadata.num_rows
-    size = file.stat().st_size // max(1, count)
+    size = (size_of(file) or 0) // max(1, count)
     usual: Kind = "video" if column in VIDEO_COLUMNS else "image"
     number = 0
     for batch in opened.iter_batches(columns=wanted) if wanted else [None] * count:
@@ -213,7 +223,7 @@ def _kind_by_name(name: str | None) -> Kind | None:
     return None if path.suffix.lower() == ".gif" else media_kind(path)
 
 
-def _media_column(schema: pa.Schema, file: Path) -> str:
+def _media_column(schema: pa.Schema, file: Path | RemotePath) -> str:
     holds = [name for name in schema.names if _holds_bytes(schema.field(name).type)]
     known = [name for name in MEDIA_COLUMNS if name in holds]
     if not known and len(holds) != 1:
@@ -231,7 +241,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _class_names(schema: pa.Schema, file: Path) -> tuple[str, ...]:
+def _class_names(schema: pa.Schema, file: Path | RemotePath) -> tuple[str, ...]:
     """The names of the classes in their order, from Hugging Face's metadata or a key `classes` with commas."""
     metadata = schema.metadata or {}
     if b"huggingface" in metadata:
@@ -245,7 +255,7 @@ def _class_names(schema: pa.Schema, file: Path) -> tuple[str, ...]:
     return tuple(metadata[b"classes"].decode().split(",")) if b"classes" in metadata else ()
 
 
-def _row_label(value: object, names: tuple[str, ...], file: Path, number: int) -> str | None:
+def _row_label(value: object, names: tuple[str, ...], file: Path | RemotePath, number: int) -> str | None:
     if value is None or isinstance(value, bool) or not isinstance(value, int | str):
         return None
     if isinstance(value, str) or not names:

@@ -10,6 +10,7 @@ from typing import Any
 from toto.media.catalog import Catalog, Seconds
 from toto.media.catalogs.entries import ClipFiles, Entries, bad_line, relative_to_clips
 from toto.runtime.errors import ConfigError
+from toto.runtime.remote import RemotePath
 
 STARTS = ("video_start_sec", "parent_start_sec", "clip_start_sec", "start_sec")
 ENDS = ("video_end_sec", "parent_end_sec", "clip_end_sec", "end_sec")
@@ -17,7 +18,7 @@ LIST_NAMES = ("clips", "videos")
 Record = dict[str, Any]
 
 
-def ego4d(path: Path, clips: Path) -> Catalog:
+def ego4d(path: Path | RemotePath, clips: Path | RemotePath) -> Catalog:
     """Ego4D's JSON: videos or clips with their uids, also clips inside videos; files are `UID.mp4` below `clips`.
 
     A clip without a file of its own is cut from its video where that is there.
@@ -39,7 +40,7 @@ def ego4d(path: Path, clips: Path) -> Catalog:
     return entries.catalog()
 
 
-def json_lines(path: Path, clips: Path) -> Catalog:
+def json_lines(path: Path | RemotePath, clips: Path | RemotePath) -> Catalog:
     """A JSON object a line: path, and where wanted label, start and end (seconds), id, split; other keys are ignored.
 
     Several windows of one file are read in one pass. Without an id, a window is called `PATH@START-END`.
@@ -58,7 +59,7 @@ def json_lines(path: Path, clips: Path) -> Catalog:
     return entries.catalog()
 
 
-def _ego4d_records(path: Path) -> Iterator[tuple[Record, Record]]:
+def _ego4d_records(path: Path | RemotePath) -> Iterator[tuple[Record, Record]]:
     """Entries, each with the one it lies in (or an empty one)."""
     try:
         whole = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -80,7 +81,7 @@ def _ego4d_records(path: Path) -> Iterator[tuple[Record, Record]]:
             yield record, {}
 
 
-def _objects(file: Any, path: Path) -> Iterator[tuple[int, Record]]:
+def _objects(file: Any, path: Path | RemotePath) -> Iterator[tuple[int, Record]]:
     line = 0
     try:
         for line, text in enumerate(file, start=1):
@@ -101,7 +102,7 @@ def _text(record: Record, name: str) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _label(record: Record, path: Path, line: int) -> str | None:
+def _label(record: Record, path: Path | RemotePath, line: int) -> str | None:
     value = record.get("label")
     if value is None or value == "":
         return None
@@ -114,7 +115,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _seconds(record: Record, path: Path, line: int) -> Seconds | None:
+def _seconds(record: Record, path: Path | RemotePath, line: int) -> Seconds | None:
     start, end = record.get("start"), record.get("end")
     if start is None and end is None:
         return None

@@ -6,15 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from toto.media.catalog import Catalog, files_below, list_source
+from toto.media.catalog import Catalog, files_below, is_file, list_source
 from toto.media.catalogs import containers, manifests, tables
+from toto.media.catalogs.entries import RANGE, in_range
 from toto.media.decode import IMAGE_ENDINGS, VIDEO_ENDINGS
+from toto.media.unpacked import TAR_ENDINGS
 from toto.runtime.errors import ConfigError
+from toto.runtime.places import as_path
+from toto.runtime.remote import RemotePath
 
-Opener = Callable[[Path, Path], Catalog]  # the source, and the folder of its clips
+Opener = Callable[[Path | RemotePath, Path | RemotePath], Catalog]  # the source, and the folder of its clips
 
 
-def _folder(path: Path, _clips: Path) -> Catalog:
+def _folder(path: Path | RemotePath, _clips: Path | RemotePath) -> Catalog:
     return list_source(path)
 
 
@@ -32,23 +36,25 @@ WITHOUT_CLIPS = ("imagefolder", "webdataset", "parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Source:
     """A source as it was named: its kind, and where it is."""
 
     kind: str
-    path: Path
+    path: Path | RemotePath
 
 
-def open_source(source: str, *, clips: Path | None = None, split: str | None = None) -> Catalog:
+def open_source(source: str, *, clips: Path | RemotePath | None = None, split: str | None = None) -> Catalog:
     """The catalog of a source.
 
     Args:
-        source: a folder, a file, or KIND:PATH with a kind of `KINDS`.
+        source: a folder, a file, or KIND:PATH with a kind of `KINDS`; on a disk or at a URL. A range of tars or
+            parquet files is written `part-{000..099}.tar`.
         clips: the folder that holds what a manifest names; None is the manifest's own folder.
         split: only items of this split; in a folder tree, the folder of that name.
 
     Raises:
         ConfigError: it doesn't exist, holds nothing to read, is malformed, or has no such split.
+        PlaceError: it lies elsewhere and can't be reached.
     """
     place = recognise(source)
     if clips is not None:
@@ -68,49 +74,59 @@ def open_source(source: str, *, clips: Path | None = None, split: str | None = N
     return catalog
 
 
-def recognise(source: str) -> Place:
+def takes_clips(source: str) -> bool:
+    """Whether a source names clips that lie elsewhere; see `recognise` for the errors."""
+    return recognise(source).kind not in WITHOUT_CLIPS
+
+
+def recognise(source: str) -> Source:
     """The kind and path of a source.
 
     Raises:
         ConfigError: no such file or folder, or a file whose kind nobody knows.
     """
     kind, colon, rest = source.partition(":")
-    whole = Path(source)
-    if colon and kind in KINDS and not whole.exists():
-        if not Path(rest).exists():
+    whole = as_path(source)
+    if colon and kind in KINDS and not (isinstance(whole, Path) and whole.exists()):
+        if not _is_there(as_path(rest)):
             raise ConfigError("no such file or folder", where=rest, fix="check the path")
-        return Place(kind=kind, path=Path(rest))
-    if not whole.exists():
+        return Source(kind=kind, path=as_path(rest))
+    if not _is_there(whole):
         known = ", ".join(KINDS)
-        fix = f"kinds: {known}" if colon and kind.isalnum() else "check the path"
-        raise ConfigError("no such file or folder", where=source, fix=fix)
-    return Place(kind=_kind_of_folder(whole) if whole.is_dir() else _kind_of_file(whole), path=whole)
+        said = colon and kind.isalnum() and isinstance(whole, Path)
+        raise ConfigError("no such file or folder", where=source, fix=f"kinds: {known}" if said else "check the path")
+    one = is_file(whole) or RANGE.search(whole.name)
+    return Source(kind=_kind_of_file(whole) if one else _kind_of_folder(whole), path=whole)
 
 
-def _kind_of_folder(folder: Path) -> str:
+def _is_there(path: Path | RemotePath) -> bool:
+    return path.exists() or (path.parent / in_range(path.name)[0]).is_file()
+
+
+def _kind_of_folder(folder: Path | RemotePath) -> str:
     """A folder with any image or video is a folder tree; one with tars or parquet files alone is those."""
     endings = set()
     for file in files_below(folder):
         ending = file.suffix.lower()
         if ending in IMAGE_ENDINGS or ending in VIDEO_ENDINGS or ending == ".gif":
             return "imagefolder"
-        endings.add(ending)
+        endings.add(".tar" if file.name.lower().endswith(TAR_ENDINGS) else ending)
     return "webdataset" if ".tar" in endings else "parquet" if ".parquet" in endings else "imagefolder"
 
 
-def _kind_of_file(file: Path) -> str:
-    ending = file.suffix.lower()
+def _kind_of_file(file: Path | RemotePath) -> str:
+    ending = ".tar" if file.name.lower().endswith(TAR_ENDINGS) else file.suffix.lower()
     by_ending = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "jsonl", ".json": "ego4d", ".tsv": "list"}
     if ending in by_ending:
         return by_ending[ending]
     return tables.kind_of_text(file) if ending in (".csv", ".txt", ".lst", ".list") else "imagefolder"
 
 
-def _folder_of(path: Path) -> Path:
+def _folder_of(path: Path | RemotePath) -> Path | RemotePath:
     return path if path.is_dir() else path.parent
 
 
-def _folder_split(folder: Path, split: str | None) -> Catalog:
+def _folder_split(folder: Path | RemotePath, split: str | None) -> Catalog:
     if split is None:
         return list_source(folder)
     if not (folder / split).is_dir():
@@ -124,4 +140,5 @@ def _only(catalog: Catalog, split: str, source: str) -> Catalog:
     if not items:
         known = ", ".join(sorted({item.split for item in catalog.items if item.split is not None})) or "none"
         raise ConfigError(f"no item of split {split!r}", where=source, fix=f"splits with items here: {known}")
-    return replace(catalog, items=items)
+    skipped = tuple(row for row in catalog.skipped if row.split in (None, split))
+    return replace(catalog, items=items, skipped=skipped)

@@ -10,13 +10,14 @@ from toto.media.catalog import Catalog
 from toto.media.catalogs.entries import ClipFiles, Entries, bad_line, relative_to_clips
 from toto.media.decode import IMAGE_ENDINGS, VIDEO_ENDINGS
 from toto.runtime.errors import ConfigError
+from toto.runtime.remote import RemotePath
 
 KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
 ID_COLUMNS = ("video_id", "vid", "youtube_id", "id")
 LABEL_COLUMNS = ("label", "category_1")
 
 
-def kinetics(path: Path, clips: Path) -> Catalog:
+def kinetics(path: Path | RemotePath, clips: Path | RemotePath) -> Catalog:
     """Kinetics' own CSV (label, youtube_id, time_start, time_end, split), or `path label` a line.
 
     The label is a word or a whole number, after the last space (or comma). Clips of the CSV are looked for as
@@ -26,7 +27,7 @@ def kinetics(path: Path, clips: Path) -> Catalog:
     return _official(path, clips) if set(KINETICS_COLUMNS) <= set(first) else _paths_and_labels(path, clips)
 
 
-def _official(path: Path, clips: Path) -> Catalog:
+def _official(path: Path | RemotePath, clips: Path | RemotePath) -> Catalog:
     entries, files = Entries("kinetics"), ClipFiles(clips)
     for line, row in _records(path, KINETICS_COLUMNS):
         try:
@@ -43,7 +44,7 @@ def _official(path: Path, clips: Path) -> Catalog:
     return entries.catalog()
 
 
-def _paths_and_labels(path: Path, clips: Path) -> Catalog:
+def _paths_and_labels(path: Path | RemotePath, clips: Path | RemotePath) -> Catalog:
     entries = Entries("kinetics")
     for line, text in _lines(path):
         name, separator, label = text.rpartition(" ") if " " in text else text.rpartition(",")
@@ -54,7 +55,7 @@ def _paths_and_labels(path: Path, clips: Path) -> Catalog:
     return entries.catalog()
 
 
-def howto100m(path: Path, clips: Path) -> Catalog:
+def howto100m(path: Path | RemotePath, clips: Path | RemotePath) -> Catalog:
     """A CSV with a column video_id (its category_1 is the label), or an id a line; files by id, with any ending."""
     entries, files = Entries("howto100m"), ClipFiles(clips)
     first = next((words for _, words in _rows(path)), [])
@@ -73,7 +74,7 @@ def howto100m(path: Path, clips: Path) -> Catalog:
     return entries.catalog()
 
 
-def plain_list(path: Path, clips: Path) -> Catalog:
+def plain_list(path: Path | RemotePath, clips: Path | RemotePath) -> Catalog:
     """A path a line, with a label after a tab or without."""
     entries = Entries("list")
     for line, text in _lines(path):
@@ -84,7 +85,7 @@ def plain_list(path: Path, clips: Path) -> Catalog:
     return entries.catalog()
 
 
-def kind_of_text(path: Path) -> str:
+def kind_of_text(path: Path | RemotePath) -> str:
     """Which kind of manifest a text file is, by its first line.
 
     Raises:
@@ -110,7 +111,7 @@ def _is_media(name: str) -> bool:
     return Path(name).suffix.lower() in VIDEO_ENDINGS | IMAGE_ENDINGS | {".gif"}
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path | RemotePath) -> Iterator[tuple[int, str]]:
     """The lines of a file that say something, with their numbers from 1."""
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -121,7 +122,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ConfigError("is no text in UTF-8", where=path, fix="check the path, or convert it") from None
 
 
-def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _rows(path: Path | RemotePath) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV with the numbers of their lines."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -135,7 +136,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise bad_line(path, reader.line_num, str(error)) from None
 
 
-def _records(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+def _records(path: Path | RemotePath, needed: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows below the heading, by the names of their columns."""
     rows = _rows(path)
     _, heading = next(rows)

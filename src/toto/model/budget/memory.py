@@ -1,0 +1,185 @@
+"""Memory of a training step on one rank, from the structure alone.
+
+It follows what autograd keeps of `toto.model.layers` until the backward pass: fp32 master weights with AdamW's two
+moments; matrix products and attention in the compute precision (bf16 under autocast, or fp32), the residual stream and
+the norms in fp32. A step takes the most either at the loss, where all activations and the logits lie, or at one of the
+moments after it, while activations go and gradients come. The fullest moment is given.
+
+Symbols: E bytes of a number in the compute precision, 4 those of fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from toto.model.budget.parameters import parameter_table
+from toto.model.config import ModelConfig
+
+Checkpointing = Literal["none", "selective", "full"]
+Moment = Literal["loss", "output", "last block", "first block", "end"]
+MOMENTS: tuple[Moment, ...] = get_args(Moment)
+CATEGORIES = ("weights", "gradients", "optimizer", "copies", "activations", "logits", "workspace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one rank at the fullest moment of a step.
+
+    Attributes:
+        weights: fp32 master weights.
+        gradients: those that exist at that moment.
+        optimizer: AdamW's moments.
+        copies: weights in bf16 for matrix products; of sharded ones, what is gathered at a time.
+        activations: what the backward pass still needs.
+        logits: log-probabilities of all positions and their gradients.
+        workspace: what the backward pass of a block makes on the way.
+        moment: when: at the loss, or as gradients pass the output layer, the last or the first block, or all lie.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    copies: int
+    activations: int
+    logits: int
+    workspace: int
+    moment: Moment
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.by_category().values())
+
+    def by_category(self) -> dict[str, int]:
+        """Bytes by category, in the order of `CATEGORIES`."""
+        return {name: getattr(self, name) for name in CATEGORIES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """How a rank runs a step.
+
+    Attributes:
+        batch: B, sequences in one forward pass.
+        positions: S, what the model is given of each.
+        bf16: matrix products and attention in bfloat16.
+        accumulates: gradients of an earlier forward pass are kept while another one runs.
+        shards: ranks among which weights, gradients and moments are divided; 1 keeps all of them on each.
+        checkpointing: what of a block is kept. "none": everything. "selective": its input and the results of matrix
+            products and attention. "full": its input. The rest is computed again in the backward pass.
+        fused_norm: RMSNorm is one kernel that keeps its input only, as on GPUs; the CPU's keeps the normalised values.
+    """
+
+    batch: int
+    positions: int
+    bf16: bool
+    accumulates: bool = False
+    shards: int = 1
+    checkpointing: Checkpointing = "none"
+    fused_norm: bool = False
+
+
+def training_memory(config: ModelConfig, shape: StepShape) -> Memory:
+    """Bytes on one rank at the fullest moment of a step."""
+    weights = parameter_table(config)["total"]
+    held = {"weights": 4 * weights // shape.shards, "optimizer": 8 * weights // shape.shards}
+    moments = {name: _at(name, config, shape) for name in MOMENTS}
+    fullest = max(MOMENTS, key=lambda name: sum(moments[name].values()))
+    return Memory(moment=fullest, **held, **moments[fullest])
+
+
+def _at(moment: Moment, config: ModelConfig, shape: StepShape) -> dict[str, int]:
+    """Bytes by category at one moment, without what is always held."""
+    E = 2 if shape.bf16 else 4
+    table, tokens = parameter_table(config), shape.batch * shape.positions
+    block = (table["attention"] + table["mlp"]) // config.layers
+    head = config.outputs * config.width
+    embedding = table["total"] - block * config.layers - (0 if config.tie_embeddings else head)
+    kept = _block_saved(config, shape, shape.checkpointing)
+    inside = _block_saved(config, shape, "none") - kept + tokens * _block_workspace(config, shape)
+    through = config.layers * kept + tokens * _outside_saved(config, shape)
+    new: dict[Moment, int] = {
+        "loss": 0,
+        "output": head,
+        "last block": head,
+        "first block": table["total"] - block - embedding,
+    }
+    gradients = table["total"] if shape.accumulates else new.get(moment, table["total"])
+    made: dict[Moment, tuple[int, int, int]] = {  # activations, logits, workspace
+        "loss": (through, tokens * _loss_bytes(config), 0),
+        "output": (through, tokens * E * config.outputs, _new_gradient(head, shape)),
+        "last block": (config.layers * kept, 0, inside),
+        "first block": (kept, 0, inside),
+        "end": (0, 0, 4 * embedding if shape.accumulates else 0),
+    }
+    activations, logits, workspace = made[moment]
+    return {
+        "gradients": 4 * gradients // shape.shards,
+        "copies": _copies(config, shape, moment, block, head),
+        "activations": activations,
+        "logits": logits,
+        "workspace": workspace,
+    }
+
+
+def _new_gradient(count: int, shape: StepShape) -> int:
+    """Bytes beside the gradients while that of `count` weights is made: in bf16, and in fp32 until it is added."""
+    return (2 * count if shape.bf16 else 0) + (4 * count if shape.accumulates else 0)
+
+
+def _block_saved(config: ModelConfig, shape: StepShape, checkpointing: Checkpointing) -> int:
+    """Bytes of a block's input and what else is kept of it, weights' copies aside."""
+    D, M, N, K = config.width, config.mlp_hidden, config.heads, config.head_size
+    E = 2 if shape.bf16 else 4
+    tokens = shape.batch * shape.positions
+    residual, statistic, logsumexp = 4 * D, 4, 4 * N
+    if checkpointing == "full":
+        return tokens * residual
+    if checkpointing == "selective":
+        return tokens * (residual + E * (3 * D + D + D + 2 * M + D) + logsumexp)
+    norm = residual + statistic + (0 if shape.fused_norm else 4 * D) + E * D
+    attention = E * (3 * D + 2 * D + D) + logsumexp  # q, k, v as one; q and k turned; the result
+    mlp = E * (2 * M + M + M)  # gate and up as one; silu(gate); its product with up
+    turned_again = 4 * K * 2 * shape.positions + tokens * E * D if shape.bf16 else 0  # angles, and the result, in bf16
+    return tokens * (2 * norm + attention + mlp) + turned_again
+
+
+def _outside_saved(config: ModelConfig, shape: StepShape) -> int:
+    """Bytes a position of what is kept before the first block and after the last one."""
+    D, E = config.width, 2 if shape.bf16 else 4
+    ids = 3 * 8  # as input, as target, and the batch they are views of
+    patches = 4 * config.values_in_patch if config.inputs == "patches" else 0
+    seen = E * config.values_in_patch if config.inputs == "patches" and shape.bf16 else 0
+    return ids + patches + seen + 4 * D + 4 + (0 if shape.fused_norm else 4 * D) + E * D
+
+
+def _loss_bytes(config: ModelConfig) -> int:
+    """Bytes a position at the loss: log-probabilities, their gradient, that of the logits; likewise of errors."""
+    return (16 if config.targets == "pixels" else 12) * config.outputs
+
+
+def _copies(config: ModelConfig, shape: StepShape, moment: Moment, block: int, head: int) -> int:
+    """Bytes of weights as matrix products take them.
+
+    Autocast copies matrices to bf16; autograd keeps those until their product's gradient is there, or, where blocks are
+    computed again, for one block at a time. Sharded weights are gathered: the outer ones, and two blocks at a time, of
+    which one has its gradient, in the compute precision and in fp32.
+    """
+    E = 2 if shape.bf16 else 4
+    if shape.shards > 1:
+        outer = head + (0 if config.tie_embeddings else config.embedded_ids * config.width)
+        return E * outer + (2 * E + E + 4) * block
+    if not shape.bf16 or moment == "end":
+        return 0
+    at_loss = moment in ("loss", "output")
+    if shape.checkpointing != "none":
+        return 2 * (head if at_loss else block)
+    blocks = 1 if moment == "first block" else config.layers
+    return 2 * (blocks * block + (head if at_loss else 0))
+
+
+def _block_workspace(config: ModelConfig, shape: StepShape) -> int:
+    """Bytes a position: gradients of the block's result and of its SwiGLU, where most are alive at a time."""
+    E = 2 if shape.bf16 else 4
+    return 4 * config.width + E * config.width + 2 * E * config.mlp_hidden
