@@ -18,11 +18,12 @@ import torch
 
 import toto
 from toto.model.config import ModelConfig
-from toto.model.weights import load_card, newest_checkpoint
+from toto.model.weights import checkpoints, load_card, load_model, newest_checkpoint
 from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
 from toto.runtime.metrics import read_metrics
 from toto.tokens.shards import sealed
 from toto.training import loop
+from toto.training.checkpoint import require_whole, restore_checkpoint
 from toto.training.config import DataConfig, TrainConfig
 from toto.training.loop import train
 from toto.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
@@ -195,9 +196,60 @@ def test_trainer_state_executes_no_pickle(config, tmp_path):
             return os.system, (f"touch {tmp_path}/owned",)
 
     (checkpoint / "trainer" / ".metadata").write_bytes(pickle.dumps(Gadget()))
+    model = load_model(checkpoint)
     with pytest.raises(CheckpointError, match=r"posix\.system, which is not allowed"):
-        train(replace(config, steps=2, save_every=1), tmp_path / "run", resume=True)
+        restore_checkpoint(checkpoint, model, make_optimizer(model, config.optimizer))
     assert not (tmp_path / "owned").exists()
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["trainer/__0_0.distcp", "trainer/.metadata", "model.safetensors", "config.json"])
+def test_of_a_damaged_newest_checkpoint_the_one_before_is_used_loudly(config, tmp_path, capsys, name):
+    short = replace(config, steps=6, save_every=2)
+    train(short, tmp_path / "whole")
+    train(replace(short, steps=4), tmp_path / "first")
+    run = tmp_path / "run"
+    train(short, run)
+    damage(run / "checkpoints" / "step-00000006" / name)
+    capsys.readouterr()
+    train(short, run, resume=True)
+    said = capsys.readouterr().err
+    assert "DAMAGED CHECKPOINT, NOT USED" in said
+    assert name in said
+    assert "going on from the one before" in said
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
+        "damaged-step-00000006",
+        "step-00000004",
+        "step-00000006",
+    ]
+    assert losses(run) == losses(tmp_path / "whole")
+    for path in checkpoints(run):
+        damage(path / name)
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged; begin anew"):
+        train(short, run, resume=True)
+
+
+def test_a_missing_file_is_damage_and_old_checkpoints_have_no_checksums(config, tmp_path):
+    checkpoint = train(replace(config, steps=1), tmp_path / "run")
+    require_whole(checkpoint)
+    (checkpoint / "notes.txt").write_text("a user's own")
+    require_whole(checkpoint)
+    (checkpoint / "config.json").rename(tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"damaged or missing: config\.json"):
+        require_whole(checkpoint)
+    (tmp_path / "config.json").rename(checkpoint / "config.json")
+    (checkpoint / "checksums.json").unlink()
+    require_whole(checkpoint)
+
+
+def test_checkpoints_of_every_so_many_steps_are_kept(config, tmp_path):
+    train(replace(config, steps=9, save_every=1, keep=2, keep_every=3), tmp_path / "run")
+    assert [int(path.name[-2:]) for path in checkpoints(tmp_path / "run")] == [3, 6, 8, 9]
 
 
 def test_a_run_can_start_from_anothers_weights(config, tmp_path):
@@ -222,7 +274,9 @@ def test_the_schedule_warms_up_and_ends_at_its_floor():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 3}, {"micro_batch": 0}, {"keep": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"batch": 3}, {"micro_batch": 0}, {"keep": 0}, {"keep_every": 7, "save_every": 2}]
+)
 def test_impossible_runs_are_refused(config, wrong):
     with pytest.raises(ConfigError):
         replace(config, **wrong)

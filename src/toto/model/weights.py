@@ -158,9 +158,14 @@ def checkpoint_folder(name: str | Path) -> Path:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run: `run/checkpoints/step-NNNNNNNN`."""
-    found = sorted((run / "checkpoints").glob("step-*"))
+    """The newest checkpoint of a run."""
+    found = checkpoints(run)
     return found[-1] if found else None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The finished checkpoints of a run, in their order: `run/checkpoints/step-NNNNNNNN`."""
+    return sorted((run / "checkpoints").glob("step-*"))
 
 
 def _weights(model: CausalModel) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
 """Checkpoints of a run: `checkpoints/step-NNNNNNNN`, each written aside and renamed.
 
 Beside the model for inference (`config.json`, `model.safetensors`) lies `trainer/`, written by
-torch.distributed.checkpoint: weights and optimizer state, from which training goes on bit for bit.
+torch.distributed.checkpoint: weights and optimizer state, from which training goes on bit for bit. `checksums.json`
+names the SHA-256 of every file; a run never goes on from a checkpoint that has another.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from toto.model.causal import CausalModel
-from toto.model.weights import Card, load_card, save_model
-from toto.runtime.errors import CheckpointError
-from toto.runtime.files import folder_written_aside
+from toto.model.weights import Card, checkpoints, load_card, save_model
+from toto.runtime.errors import CheckpointError, StoreError
+from toto.runtime.files import folder_written_aside, read_json, sha256_of, write_json
+from toto.runtime.progress import say
 
-TRAINER = "trainer"
+TRAINER, CHECKSUMS = "trainer", "checksums.json"
 ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -48,18 +50,85 @@ ALLOWED = {
 
 
 def save_checkpoint(
-    run: Path, model: CausalModel, optimizer: torch.optim.Optimizer, card: Card, *, step: int, keep: int
+    run: Path,
+    model: CausalModel,
+    optimizer: torch.optim.Optimizer,
+    card: Card,
+    *,
+    step: int,
+    keep: int,
+    keep_every: int = 0,
 ) -> Path:
-    """Save after `step` finished steps, then delete all but the newest `keep` checkpoints."""
+    """Save after `step` finished steps, then delete checkpoints that are not to be kept.
+
+    Args:
+        run: the run's folder.
+        model: to be saved.
+        optimizer: likewise.
+        card: what the model was trained on.
+        step: finished steps.
+        keep: this many stay, the newest ones.
+        keep_every: so do those of every so many steps; 0 for none.
+    """
     folder = run / "checkpoints" / f"step-{step:08d}"
     if not folder.exists():
         with folder_written_aside(folder) as aside:
             save_model(aside, model, card)
             with _quiet():
                 save(_state(model, optimizer), checkpoint_id=str(aside / TRAINER), no_dist=True)
-    for old in sorted(folder.parent.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+            files = sorted(path for path in aside.rglob("*") if path.is_file())
+            write_json(aside / CHECKSUMS, {path.relative_to(aside).as_posix(): sha256_of(path) for path in files})
+    for old in checkpoints(run)[:-keep]:
+        if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
+            shutil.rmtree(old)
     return folder
+
+
+def newest_whole_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run whose files are those that were saved; None where it has none at all.
+
+    Damaged ones are named, loudly, and renamed, so that nobody uses them: `step-...` becomes `damaged-step-...`.
+
+    Raises:
+        CheckpointError: all are damaged.
+    """
+    found = checkpoints(run)
+    for folder in reversed(found):
+        try:
+            require_whole(folder)
+        except CheckpointError as error:
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            say(f"DAMAGED CHECKPOINT, NOT USED: {error}; it is {aside.name} now")
+        else:
+            if folder != found[-1]:
+                say(f"going on from the one before: {folder}")
+            return folder
+    if found:
+        raise CheckpointError("every checkpoint is damaged", where=run, fix="begin anew with another --out")
+    return None
+
+
+def require_whole(folder: Path) -> None:
+    """Compare every file of a checkpoint with its checksum; those of before checksums were written pass.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    if not (folder / CHECKSUMS).exists() and (folder / TRAINER).exists():
+        return
+    try:
+        known = read_json(folder / CHECKSUMS, what="table of checksums")
+    except StoreError as error:
+        raise CheckpointError(error.what, where=folder / CHECKSUMS, fix="restore it") from None
+    if not isinstance(known, dict):
+        raise CheckpointError("is no table of checksums", where=folder / CHECKSUMS, fix="restore it")
+    odd = [
+        name for name, sha256 in known.items() if not (folder / name).is_file() or sha256_of(folder / name) != sha256
+    ]
+    if odd:
+        raise CheckpointError(f"damaged or missing: {', '.join(odd)}", where=folder, fix="restore it")
 
 
 def restore_checkpoint(folder: Path, model: CausalModel, optimizer: torch.optim.Optimizer) -> Card:

@@ -93,6 +93,7 @@ class TrainConfig:
         eval_sequences: at most this many of each held-out source, spread evenly over it.
         save_every: steps between checkpoints.
         keep: how many checkpoints are kept, the newest ones.
+        keep_every: beside them, the checkpoints of every so many steps are kept; 0 for none.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -110,6 +111,7 @@ class TrainConfig:
     eval_sequences: int = 64
     save_every: int = 1000
     keep: int = 2
+    keep_every: int = 0
 
     def __post_init__(self) -> None:
         for name in (
@@ -124,6 +126,10 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", where=f"--{name.replace('_', '-')}")
+        if self.keep_every < 0 or self.keep_every % self.save_every:
+            raise ConfigError(
+                f"must be a multiple of --save-every {self.save_every}, is {self.keep_every}", where="--keep-every"
+            )
         if self.batch % self.micro_batch:
             raise ConfigError(
                 f"{self.batch} is not a multiple of the micro-batch {self.micro_batch}",

@@ -34,7 +34,7 @@ from toto.tokens.passport import Passport
 from toto.tokens.patches import patch_values
 from toto.tokens.sequence import sequence_length, sequence_vocabulary
 from toto.tokens.shards import MANIFEST
-from toto.training.checkpoint import restore_checkpoint, save_checkpoint
+from toto.training.checkpoint import newest_whole_checkpoint, restore_checkpoint, save_checkpoint
 from toto.training.config import DataConfig, TrainConfig
 from toto.training.mixture import Batch, Mixture, describe
 from toto.training.objective import next_token_loss
@@ -42,7 +42,7 @@ from toto.training.optimizer import learning_rate, make_optimizer, set_learning_
 from toto.training.prefetch import ReadAhead
 
 Evaluate = Callable[[CausalModel], dict[str, float]]
-FREE_TO_CHANGE = ("device", "keep", "log_every", "save_every", "eval_every", "eval_sequences")
+FREE_TO_CHANGE = ("device", "keep", "keep_every", "log_every", "save_every", "eval_every", "eval_sequences")
 FREE_DATA = ("heldout", "checks", "schedule", "workers")  # of the data; the schedule is compared by itself
 
 
@@ -125,16 +125,24 @@ class _Run:
                 "data": _data_hashes(self.mixture),
             },
         )
-        return save_checkpoint(self.out, self.model, self.optimizer, card, step=self.step, keep=self.config.keep)
+        return save_checkpoint(
+            self.out,
+            self.model,
+            self.optimizer,
+            card,
+            step=self.step,
+            keep=self.config.keep,
+            keep_every=self.config.keep_every,
+        )
 
 
 def _prepare(config: TrainConfig, out: Path, resume: bool) -> _Run:
     """Open the data, make or restore model and optimizer, and open the metrics."""
     device = pick_device(config.device)
     remove_leftovers(out / "checkpoints")
-    newest = newest_checkpoint(out)
-    if newest and not resume:
+    if newest_checkpoint(out) and not resume:
         raise ConfigError("already holds a run", where=out, fix="add --resume to continue it, or choose another --out")
+    newest = newest_whole_checkpoint(out)
     sees_pixels = config.model.inputs == "patches"
     mixture = Mixture(
         config.data.sources,
