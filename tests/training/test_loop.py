@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -17,11 +18,12 @@ import pytest
 import torch
 
 import toto
+from toto.model.budget.flops import training_flops
 from toto.model.config import ModelConfig
 from toto.model.weights import checkpoints, load_card, load_model, newest_checkpoint
 from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
 from toto.runtime.metrics import read_metrics
-from toto.tokens.shards import sealed
+from toto.tokens.shards import TokenStore, sealed
 from toto.training import loop
 from toto.training.checkpoint import require_whole, restore_checkpoint
 from toto.training.config import DataConfig, TrainConfig
@@ -245,6 +247,25 @@ def test_a_missing_file_is_damage_and_old_checkpoints_have_no_checksums(config, 
     (tmp_path / "config.json").rename(checkpoint / "config.json")
     (checkpoint / "checksums.json").unlink()
     require_whole(checkpoint)
+
+
+def test_metrics_tell_speed_waiting_memory_and_bits(config, tmp_path):
+    short = replace(config, steps=4, log_every=1, data=replace(config.data, short_steps=2, short_frames=1))
+    train(short, tmp_path / "run")
+    rows = [row for row in read_metrics(tmp_path / "run") if "train/loss" in row]
+    assert len(rows) == 4
+    model = load_model(tmp_path / "run").config
+    cells = math.prod(TokenStore(config.data.sources[0].path).grid)
+    for row in rows:
+        assert row["train/bits_per_token"] == pytest.approx(row["train/loss"] / math.log(2))
+        assert 0 <= row["speed/data_wait"] < 1
+        assert 0.05 < row["memory/peak_gb"] < 64
+        frames = 1 if row["step"] <= 2 else config.data.frames
+        sequences = config.batch * config.data.frames // frames
+        flops = training_flops(model, batch=sequences, positions=frames * cells + 1).total
+        seconds = flops / row["speed/gflops"] / 1e9
+        tokens = config.batch * (config.data.frames * cells + 1)
+        assert row["speed/tokens_per_second"] * seconds == pytest.approx(tokens, rel=1e-3)
 
 
 def test_checkpoints_of_every_so_many_steps_are_kept(config, tmp_path):

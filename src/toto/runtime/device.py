@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import resource
+import sys
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -43,3 +45,11 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     if use_bf16(precision, device):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that tensors had on a GPU, or this process had in memory, so far."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most

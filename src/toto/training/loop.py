@@ -17,10 +17,11 @@ from torch import Tensor
 
 from toto.model.architectures import build, config_class, described
 from toto.model.budget import parameter_line
+from toto.model.budget.flops import training_flops
 from toto.model.causal import CausalModel
 from toto.model.config import ModelConfig, with_patch_values, with_vocabulary
 from toto.model.weights import Card, load_card, load_config, load_model, newest_checkpoint
-from toto.runtime.device import autocast, pick_device
+from toto.runtime.device import autocast, peak_memory, pick_device
 from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
 from toto.runtime.files import read_json, remove_leftovers, write_json
 from toto.runtime.interrupt import StopRequest, stop_on_signal
@@ -106,6 +107,7 @@ class _Run:
     metrics: Metrics
     device: torch.device
     step: int = 0
+    waited: float = 0.0  # seconds that the last step waited for its data
 
     @property
     def tokens_in_step(self) -> int:
@@ -223,7 +225,9 @@ def _read(mixture: Mixture, config: TrainConfig, step: int, *, pinned: bool) -> 
 def _step(run: _Run) -> tuple[float, float]:
     """One optimizer step; returns the batch's mean loss and the gradient's norm before clipping."""
     config = run.config
+    began = time.perf_counter()
     batch, sequences = run.ahead.take(run.step)
+    run.waited = time.perf_counter() - began
     set_learning_rate(run.optimizer, learning_rate(run.step, config.steps, config.optimizer))
     run.model.train()
     losses: list[Tensor] = []
@@ -255,11 +259,27 @@ def _interrupted(run: _Run, stop: StopRequest) -> InterruptedRunError:
 def _log(run: _Run, loss: float, norm: float, seconds: float) -> None:
     rate = learning_rate(run.step - 1, run.config.steps, run.config.optimizer)
     values = {"train/loss": loss, "train/grad_norm": norm, "train/lr": rate}
+    if run.config.model.targets == "codes":
+        values["train/bits_per_token"] = loss / math.log(2)
     speed = {
         "train/tokens": run.step * run.tokens_in_step,
         "speed/tokens_per_second": run.tokens_in_step / seconds,
+        "speed/data_wait": run.waited / seconds,
+        "memory/peak_gb": peak_memory(run.device) / 1e9,
     }
+    if isinstance(architecture := run.model.config, ModelConfig):
+        speed["speed/gflops"] = _flops(run, architecture) / seconds / 1e9
     run.metrics.write(run.step, values | speed)
+
+
+def _flops(run: _Run, architecture: ModelConfig) -> int:
+    """Operations of the last step; see `toto.model.budget.flops` for what counts."""
+    rows, cols = run.mixture.grid
+    frames = run.config.data.frames_at(run.step - 1)
+    not_seen = 2 if architecture.targets == "pixels" else 1
+    positions = sequence_length(frames, rows, cols) - not_seen
+    sequences = run.config.batch * run.mixture.frames // frames
+    return training_flops(architecture, batch=sequences, positions=positions).total
 
 
 def _non_finite(run: _Run, loss: float, norm: float, windows: list[Any]) -> NonFiniteLossError:
