@@ -205,7 +205,7 @@ def write_demo_page(
         sections=_sections(rows, found, probed, pictures),
         foot=f"Made by `{shlex.join(['toto', *sys.argv[1:]])}` in {duration(seconds)} with "
         + ", ".join(f"{name} {version}" for name, version in versions().items())
-        + f". Training: {config.steps} steps of {config.batch} sequences, seed {config.seed}. "
+        + f". Training: {config.steps} steps, {config.batch} sequence(s) each, seed {config.seed}. "
         "Film: Big Buck Bunny, (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC BY 3.0, cut and scaled.",
     )
 
