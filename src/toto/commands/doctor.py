@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
 from collections import Counter, defaultdict
@@ -22,13 +21,13 @@ from toto.media.catalog import Catalog, Item, find_duplicates, units
 from toto.media.catalogs import open_source
 from toto.media.checks import CheckConfig, Checked, Finding, check_unit, find_problems, read_speed
 from toto.media.ledger import LedgerRow, Status, count_by_status, summary
-from toto.runtime.device import pick_device
+from toto.runtime.device import one_thread, pick_device
 from toto.runtime.errors import ConfigError
 from toto.runtime.files import write_json
 from toto.runtime.places import AnyPath
 from toto.runtime.progress import Progress, duration
 from toto.runtime.provenance import as_plain, versions
-from toto.runtime.workers import Lost, Workers
+from toto.runtime.workers import Lost, Workers, worker_count
 from toto.tokens.tokenizer import EMBEDDED, load_tokenizer
 
 FORMAT, VERSION = "toto-doctor", 1
@@ -124,7 +123,7 @@ def examine(options: DoctorOptions) -> dict[str, Any]:
     items = evenly(catalog.items, options.sample)
     checked = check_all(items, options)
     findings = find_problems(catalog, checked, duplicates, options.size)
-    workers = (os.cpu_count() or 1) if options.workers is None else max(1, options.workers)
+    workers = max(1, worker_count(options.workers))
     estimate = estimate_cost(catalog, checked, speed, workers, options)
     place = (options.out.parent if options.out else Path()).resolve()
     free = shutil.disk_usage(next(each for each in (place, *place.parents) if each.exists())).free
@@ -192,7 +191,7 @@ def check_all(items: tuple[Item, ...], options: DoctorOptions) -> list[Checked]:
     """Decode the items in worker processes; one that crashes the decoder or takes too long is corrupt."""
     config = CheckConfig(size=options.size, stride=options.stride, min_frames=options.min_frames)
     todo = units(items)
-    workers = min((os.cpu_count() or 1) if options.workers is None else options.workers, len(todo))
+    workers = min(worker_count(options.workers), len(todo))
     checked: list[Checked] = []
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress("examining", total=len(items), unit="items"))
@@ -231,17 +230,13 @@ def encode_speed(options: DoctorOptions, batch: int) -> tuple[float, tuple[int, 
     tokenizer = load_tokenizer(options.tokenizer, device=device)
     grid = tokenizer.grid(options.size, options.size)
     frames = torch.randint(256, (batch, options.size, options.size, 3), dtype=torch.uint8, device=device)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker
-    try:
+    with one_thread():
         tokenizer.encode(frames[:1]).cpu()
         began, done = time.perf_counter(), 0
         while not done or time.perf_counter() - began < ENCODED_SECONDS:
             tokenizer.encode(frames).cpu()
             done += batch
         return done / (time.perf_counter() - began), grid
-    finally:
-        torch.set_num_threads(threads)
 
 
 def estimate_cost(

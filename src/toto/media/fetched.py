@@ -7,13 +7,13 @@ a local copy. A process keeps the file that it fetched last, for further views o
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 from pathlib import Path
 
 from toto.media.unpacked import SCRATCH, scratch_folder
 from toto.runtime.errors import ConfigError, MediaError
+from toto.runtime.files import FULL
 from toto.runtime.network import NOT_THERE, RangeFile
 from toto.runtime.remote import RemotePath
 
@@ -76,7 +76,7 @@ def _copy(path: RemotePath, local: Path, source: str, *, start: int = 0, size: i
     except NOT_THERE as error:
         raise _missing(error, source) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         raise ConfigError(
             f"no room to fetch it to {local.parent}", where=path, fix=f"set {SCRATCH} to a folder with more room"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import bz2
 import contextlib
-import errno
 import fcntl
 import gzip
 import hashlib
@@ -31,7 +30,7 @@ from typing import Any
 import pyarrow as pa
 
 from toto.runtime.errors import ConfigError, MediaError
-from toto.runtime.files import remove_leftovers
+from toto.runtime.files import FULL, remove_leftovers
 from toto.runtime.remote import RemotePath
 
 SCRATCH, SCRATCH_GB = "TOTO_SCRATCH", "TOTO_SCRATCH_GB"
@@ -39,7 +38,6 @@ RUN = "TOTO_SCRATCH_OF_RUN"  # tells the processes that this one starts
 USUAL_GB = 50.0
 MOST_RATIO, FREE_BYTES = 100, 2**26  # nothing that holds media shrinks to a hundredth; small tars are mostly padding
 BLOCK = 2**20
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 

@@ -13,7 +13,6 @@ What was used longest ago is deleted for what is new, but nothing that a process
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import functools
 import hashlib
@@ -28,11 +27,10 @@ from pathlib import Path
 from typing import Final, final
 
 from toto.runtime.errors import ConfigError, StoreError
-from toto.runtime.files import sha256_of
+from toto.runtime.files import FULL, sha256_of
 
 CACHE, CACHE_GB = "TOTO_CACHE", "TOTO_CACHE_GB"
 USUAL_GB: Final = 100.0
-FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PARTIAL: Final = ".partial"
 Fetch = Callable[[io.BufferedIOBase, Callable[[bytes], object]], object]  # writes a file, and gives each piece to both
 

@@ -26,6 +26,7 @@ UNWRITABLE = {
     errno.EACCES: ("no permission to write it", LET_WRITE),
     errno.EPERM: ("no permission to write it", LET_WRITE),
 }
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CUT_OFF = re.compile(r"requested and \d+ written|Not enough free space|unexpected pos \d+")  # NumPy's, torch's words
 NUMBERED = re.compile(r"\[?(?:errno|os error) (\d+)\b", re.IGNORECASE)  # Arrow's and safetensors' words
 

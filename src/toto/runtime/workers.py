@@ -7,6 +7,7 @@ number of workers.
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
 import time
@@ -34,6 +35,11 @@ class Lost:
     """A task whose worker crashed, or was stopped because it took too long."""
 
     reason: str
+
+
+def worker_count(asked: int | None) -> int:
+    """How many processes are meant: None is one for each core."""
+    return (os.cpu_count() or 1) if asked is None else asked
 
 
 class KilledError(TotoError):

@@ -11,7 +11,6 @@ run. Without workers it can't be kept apart: a crash ends the process, and the t
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from toto.runtime.interrupt import StopRequest, stop_on_signal
 from toto.runtime.places import AnyPath
 from toto.runtime.progress import Progress
 from toto.runtime.provenance import RECORD, as_plain, write_provenance
+from toto.runtime.workers import worker_count
 from toto.tokens.encoding import Encoded, Framing, view_id
 from toto.tokens.origin import Origin, digest
 from toto.tokens.output import PLAN, Output
@@ -223,7 +223,7 @@ def _encode(
         waiting=output.waiting if config.keep_pixels else None,
         time_limit=config.time_limit,
     )
-    least = TASKS_A_WORKER * ((os.cpu_count() or 1) if config.workers is None else config.workers)
+    least = TASKS_A_WORKER * worker_count(config.workers)
     todo = (task for shard in shards for task in tasks(shard, duplicates, least=max(1, least)))
     return encode_all(todo, duplicates, work, tokenizer=tokenizer, workers=config.workers, ray=config.ray)
 

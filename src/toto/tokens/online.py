@@ -7,7 +7,6 @@ what else is read. Of the centre crop from frame 0, it is what `toto tokenize` s
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from jaxtyping import Int64, UInt64
 
 from toto.media.catalog import Item
 from toto.media.spans import read_span
-from toto.runtime.device import pick_device
+from toto.runtime.device import one_thread, pick_device
 from toto.runtime.errors import MediaError, PassportError
 from toto.runtime.seed import stream
 from toto.runtime.workers import Lost, StoppedError, Workers
@@ -113,7 +112,7 @@ class Encoders:
         """What becomes of each task, in their order."""
         if not self._workers:
             for task in tasks:
-                with _one_thread():
+                with one_thread():
                     made = _make(task, self._device)
                 yield task, made
             return
@@ -244,14 +243,3 @@ def _start(device: str) -> None:
 
 def _make_here(task: _Task) -> _Made:
     return _make(task, _device)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute as in a worker."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

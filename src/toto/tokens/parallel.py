@@ -7,8 +7,6 @@ neither on the kind of workers nor on their number.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +16,13 @@ import numpy as np
 import torch
 
 from toto.media.catalog import Item, units
-from toto.runtime.device import pick_device
+from toto.runtime.device import one_thread, pick_device
 from toto.runtime.errors import MediaError
 from toto.runtime.files import writing
 from toto.runtime.network import patience
 from toto.runtime.ray_workers import RayWorkers
 from toto.runtime.remote import RemotePath
-from toto.runtime.workers import Lost, Workers
+from toto.runtime.workers import Lost, Workers, worker_count
 from toto.tokens.encoding import Encoded, EncodedView, Framing, Task, encode, failed, waiting_file
 from toto.tokens.tokenizer import Arithmetic, Tokenizer, load_tokenizer
 
@@ -119,14 +117,13 @@ def encode_all(
         return tuple(Encoded(item=item, status="duplicate", reason=reason) for item in task)
 
     if ray is None and workers == 0:
-        with _one_thread():
+        with one_thread():
             for task in todo:
                 yield from known(task) or encode(task, tokenizer, work.framing, waiting=work.waiting)
         return
     pool: Workers[Task, tuple[Encoded, ...]] | RayWorkers[Task, tuple[Encoded, ...]]
     if ray is None:
-        count = (os.cpu_count() or 1) if workers is None else workers
-        pool = Workers(_start, _encode, (work,), count=count, what="the decoder")
+        pool = Workers(_start, _encode, (work,), count=worker_count(workers), what="the decoder")
     else:
         far = _start_far, _encode_far, (replace(work, waiting=None), work.waiting is not None)
         pool = RayWorkers(*far, address=ray, count=workers, what="the decoder", gpu=work.device in ("auto", "cuda"))
@@ -158,17 +155,6 @@ def _settled(task: Task, found: tuple[Encoded, ...] | Lost, work: Work) -> tuple
             views.append(replace(view, pixels=place))
         settled.append(replace(each, views=tuple(views)))
     return tuple(settled)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute as in a worker, so that the bytes don't depend on the number of workers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 _worker: tuple[Tokenizer, Work, bool] | None = None
