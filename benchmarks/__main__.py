@@ -9,7 +9,18 @@ import importlib
 import itertools
 import sys
 
-ALL = ("reading", "online", "decoder", "baselines", "tokenizer", "encoding", "decoding", "tokenizing")
+ALL = (
+    "reading",
+    "online",
+    "decoder",
+    "generation",
+    "baselines",
+    "tokenizer",
+    "encoding",
+    "decoding",
+    "tokenizing",
+    "training",
+)
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def step(network: torch.nn.Module, tokens: Tensor) -> Callable[[], None]:
 
     def run() -> None:
         ours = isinstance(network, CausalModel)
-        loss = next_token_loss(network, tokens) if ours else network(tokens, labels=tokens).loss
+        loss = next_token_loss(network, tokens).mean if ours else network(tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Training steps and generation against transformers' Llama: same weights, threads and inputs, outputs equal first."""
+"""Training steps against transformers' Llama: same weights, threads and inputs, outputs equal first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPES = {
 
 
 def main() -> None:
-    """Print tokens a second of a whole training step and of greedy generation."""
+    """Print tokens a second of a whole training step."""
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
     for name, (config, length) in SHAPES.items():
         model, llama = pair(config)
@@ -32,9 +32,6 @@ def main() -> None:
         print(f"\nTraining step, {name}, bf16 autocast, fused AdamW, clipping; logits equal in fp32\n\n{HEADER}")
         for way, seconds in train_both(model, llama, tokens).items():
             print(row(way, seconds, units=length, unit="tokens"))
-        print(f"\nGreedy generation, {name}: 512 tokens of prompt + 64, fp32; tokens equal\n\n{HEADER}")
-        for way, seconds in generate_both(*pair(config), tokens[:, :512]).items():
-            print(row(way, seconds, units=64, unit="tokens"))
 
 
 def pair(config: ModelConfig) -> tuple[Transformer, transformers.LlamaForCausalLM]:
@@ -63,30 +60,9 @@ def train_both(model: Transformer, llama: transformers.LlamaForCausalLM, tokens:
 
         return step
 
-    ours = step_of(model, lambda: next_token_loss(model, tokens))
+    ours = step_of(model, lambda: next_token_loss(model, tokens).mean)
     theirs = step_of(llama, lambda: llama(tokens, labels=tokens, use_cache=False).loss)
     return interleaved({"toto": ours, "transformers Llama (sdpa)": theirs})
-
-
-def generate_both(model: Transformer, llama: transformers.LlamaForCausalLM, prompt: Tensor) -> dict[str, list[float]]:
-    """Seconds of greedy generation with each one's cache; the tokens are compared first."""
-    model.eval()
-    llama.eval()
-
-    @torch.inference_mode()
-    def ours() -> Tensor:
-        cache, sequence, new = model.new_cache(1, prompt.shape[1] + 64), prompt, prompt
-        for _ in range(64):
-            hidden, _, cache = model.trunk(new, cache=cache)
-            new = model.head(model.norm(hidden[:, -1:])).argmax(-1)
-            sequence = torch.cat([sequence, new], dim=1)
-        return sequence
-
-    def theirs() -> Tensor:
-        return llama.generate(prompt, max_new_tokens=64, do_sample=False)
-
-    assert ours().equal(theirs())
-    return interleaved({"toto": ours, "transformers generate": theirs})
 
 
 if __name__ == "__main__":

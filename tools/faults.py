@@ -4,6 +4,8 @@
     python tools/faults.py media --out FOLDER --from VIDEOS --count 500  # of a user's own files; write them alone
     python tools/faults.py kill --out FOLDER --times 50                  # kill -9 a tokenizing run, then finish it
     python tools/faults.py kill --out FOLDER --times 20 --workers-only   # kill its workers one at a time
+    python tools/faults.py train --out FOLDER --times 30                 # kill -9 a training run, then resume it
+    python tools/faults.py train --out FOLDER --times 10 --ranks 2       # one rank of it, or all
 
 The same seed gives the same bytes. Ends with 1 where something is wrong. docs/faults.md says what was found.
 """
@@ -19,6 +21,7 @@ from fault_campaign import Report, batches, lines_of, offer, tiny_tokenizer
 from fault_kills import kill_runs, kill_workers
 from fault_mutations import write_mutated
 from fault_originals import make_originals, read_originals
+from fault_training import kill_training
 
 BATCH = 1000
 REPORT = "report.txt"  # of all batches so far
@@ -29,9 +32,11 @@ def main() -> int:
     modes = parser.add_subparsers(dest="mode", required=True)
     media = modes.add_parser("media", help="damaged media files")
     kill = modes.add_parser("kill", help="a tokenizing run that is killed")
-    for mode in (media, kill):
+    train = modes.add_parser("train", help="a training run that is killed")
+    for mode in (media, kill, train):
         mode.add_argument("--out", type=Path, required=True, help="a folder for everything that is written")
         mode.add_argument("--seed", type=int, default=0)
+    for mode in (media, kill):
         mode.add_argument("--workers", type=int, default=2)
     media.add_argument("--count", type=int, default=1000, help="how many files")
     media.add_argument("--from", dest="source", type=Path, help="damage the media files below this folder instead")
@@ -41,8 +46,11 @@ def main() -> int:
     media.add_argument("--memory", type=float, default=4.0, help="gigabytes that a worker may hold")
     kill.add_argument("--times", type=int, default=50)
     kill.add_argument("--workers-only", action="store_true", help="kill single workers, not the run")
+    train.add_argument("--times", type=int, default=30)
+    train.add_argument("--ranks", type=int, default=1, help="processes of the run, through torchrun")
+    train.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
-    return run_media(options) if options.mode == "media" else run_kills(options)
+    return {"media": run_media, "kill": run_kills, "train": run_training}[options.mode](options)
 
 
 def run_media(options: argparse.Namespace) -> int:
@@ -79,6 +87,15 @@ def run_kills(options: argparse.Namespace) -> int:
     """Kill runs or workers; the store must be that of a run nobody disturbed."""
     work = kill_workers if options.workers_only else kill_runs
     result = work(options.out, times=options.times, seed=options.seed, workers=options.workers)
+    print("\n".join(result.lines()))
+    return 1 if result.wrong else 0
+
+
+def run_training(options: argparse.Namespace) -> int:
+    """Kill training runs; what resuming makes of them must be what an undisturbed run makes."""
+    result = kill_training(
+        options.out, times=options.times, seed=options.seed, ranks=options.ranks, steps=options.steps
+    )
     print("\n".join(result.lines()))
     return 1 if result.wrong else 0
 

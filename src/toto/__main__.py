@@ -19,6 +19,9 @@ VERBS = {
     "plan": "parameters, FLOPs, memory, hours and storage of a run, before it is run",
     "train": "pre-train a model on shards, or continue",
     "evaluate": "probe, bits or patches: what a checkpoint knows, as numbers",
+    "finetune": "a classifier of a checkpoint and labelled files: probes beside next tokens, or in full",
+    "predict": "what files show, by a fine-tuned classifier",
+    "study": "several models pre-trained and read out alike, in one table",
     "generate": "continue a video, or dream one",
     "export": "a checkpoint as a Llama for transformers, or back; onto the hub",
     "tokenizer": "train or inspect a tokenizer",
@@ -43,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         else:
-            print(f"toto: {_one_line(error)}", file=sys.stderr)
+            sys.stderr.write(f"{_self()}: {_one_line(error)}\n")
         if isinstance(error, InterruptedRunError):
             return INTERRUPTED
         return MISUSED if isinstance(error, ConfigError) else FAILED
@@ -76,6 +79,13 @@ def _usage() -> str:
             "`toto <verb> --help` tells more.",
         ]
     )
+
+
+def _self() -> str:
+    """Who speaks: in a job of several processes, which of them."""
+    from toto.runtime.ranks import rank_name
+
+    return f"toto ({rank_name()})" if rank_name() else "toto"
 
 
 def _one_line(error: Exception) -> str:

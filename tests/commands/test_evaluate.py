@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -136,3 +137,59 @@ def test_calls_that_would_mislead_are_refused(clips, trained, tokenizer_folder, 
     line = refused(capsys, *words, manifest, "--test", tmp_path / "photos")
     assert "holds images" in line
     assert "holds videos" in line
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes of photographs, six to train on and four to test on, and a list of some in a CSV."""
+    root = tmp_path_factory.mktemp("photos")
+    for split, count, first in (("train", 6, 0), ("test", 4, 20)):
+        for number in range(count):
+            make_photo(root / split / "ab"[number % 2] / f"{number}.jpg", number=number + first)
+    (root / "k.csv").write_text("".join(f"{number}.jpg {number % 2}\n" for number in range(6)))
+    return root
+
+
+def test_images_of_folders_with_the_grid_and_a_plot(photos, trained, tokenizer_folder, tmp_path, capsys):
+    out, plot, cache = tmp_path / "image.json", tmp_path / "layers.png", tmp_path / "cache"
+    words = ["evaluate", "image", "--checkpoint", trained, "--tokenizer", tokenizer_folder, *QUICK]
+    words += ["--data", photos / "train", "--test", photos / "test", "--cache", cache]
+    grid = ["--layers", 1, "--rates", 0.01, 0.1, "--decays", 0, 0.1, "--pools", "attention"]
+    assert run(*words, *grid, "--out", out, "--plot", plot) == 0
+    printed = capsys.readouterr().out
+    result = load_result(out)
+    assert result.task == "image"
+    assert list(result.details["chosen_layer"].items()) == [("attention", 1)]
+    assert len(result.details["grid"]) == 4
+    assert len(result.details["by_layer"]) == 1
+    assert "attention pool: layer 1, rate 0.0" in printed
+    assert "average pool" not in printed
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    before = (cache / "cache.json").stat().st_mtime_ns
+    assert run(*words, *grid, "--out", tmp_path / "again.json") == 0  # from the cache
+    assert (cache / "cache.json").stat().st_mtime_ns == before
+    assert load_result(tmp_path / "again.json").details == result.details
+    assert "holds features of" in refused(capsys, *words[:2], "--checkpoint", "pixels:16/4", *words[6:])
+    assert run(*words[:-2], "--features", "streamed", "--augment", "--plot", tmp_path / "p.svg") == 0
+    assert "<svg" in (tmp_path / "p.svg").read_text()
+
+
+def test_data_that_would_mislead_is_refused(photos, clips, trained, tokenizer_folder, tmp_path, capsys):
+    words = ["--checkpoint", trained, "--tokenizer", tokenizer_folder, *QUICK, "--data"]
+    line = refused(capsys, "evaluate", "video", *words, photos / "train")
+    assert line.endswith("holds images; use `toto evaluate image`")
+    shutil.copytree(photos / "test", tmp_path / "test")
+    shutil.copy(photos / "train" / "a" / "2.jpg", tmp_path / "test" / "b" / "copy.jpg")
+    both = ["evaluate", "image", *words, photos / "train", "--test", tmp_path / "test"]
+    line = refused(capsys, *both)
+    assert "1 of 5 items are training items, too (b/copy.jpg is a/2.jpg)" in line
+    assert "--allow-overlap" in line
+    assert run(*both, "--allow-overlap") == 0
+    line = refused(capsys, "evaluate", "image", *words, photos / "train", "--augment")
+    assert "add --features streamed" in line
+    line = refused(capsys, "evaluate", "image", *words, photos / "train", "--plot", tmp_path / "p.pdf")
+    assert "is no .svg or .png file" in line
+    line = refused(capsys, "evaluate", "image", *words, photos / "train", "--layers", 9)
+    assert "layers [9] asked" in line
+    line = refused(capsys, "evaluate", "video", *words, clips / "m.jsonl", "--split", "nothing", "--test-split", "val")
+    assert "no item of split 'nothing'" in line

@@ -11,11 +11,11 @@ import torch
 from toto.__main__ import main
 from toto.model.config import SCALING, BackboneConfig, ModelConfig
 from toto.model.transformer import Transformer
-from toto.model.weights import Card
+from toto.model.weights import Card, checkpoints
 from toto.recipes import PRETRAINING
 from toto.runtime.errors import ConfigError
 from toto.runtime.machine import A100, H100
-from toto.training.checkpoint import save_checkpoint
+from toto.training.checkpoint import Saver
 from toto.training.optimizer import OptimizerConfig, make_optimizer
 from toto.training.plan import BYTES_OF_CHECKPOINT, Layout, Tokens, make_plan
 
@@ -52,7 +52,7 @@ def test_other_architectures_are_refused():
         kind = "other"
 
     recipe = replace(PRETRAINING["nano"](), model=Other(width=8, layers=1))
-    with pytest.raises(ConfigError, match="plans are for toto's decoder, this is other"):
+    with pytest.raises(ConfigError, match="plans are for toto's decoder and the baselines, this is other"):
         make_plan(recipe, H100, Layout(devices=1))
 
 
@@ -87,15 +87,15 @@ def test_what_is_suggested_fits():
     for words in plan.changes:
         option, value = words.split()
         changed = replace(recipe, micro_batch=int(value)) if option == "--micro-batch" else recipe
-        layout = replace(EIGHT, checkpointing=value) if option == "--checkpointing" else EIGHT
-        layout = replace(layout, strategy=value) if option == "--strategy" else layout
+        layout = replace(EIGHT, checkpointing=value) if option == "--parallel.checkpointing" else EIGHT
+        layout = replace(layout, strategy=value) if option == "--parallel.strategy" else layout
         assert make_plan(changed, SMALL, layout).fits
 
 
 def test_several_changes_or_none_are_suggested_where_one_is_not_enough():
     recipe = PRETRAINING["1b"]()
     (several,) = make_plan(recipe, SMALL, EIGHT).changes
-    assert several == "--strategy fsdp --checkpointing full"
+    assert several == "--parallel.strategy fsdp --parallel.checkpointing full"
     assert make_plan(recipe, SMALL, replace(EIGHT, strategy="fsdp", checkpointing="full")).fits
     (nothing,) = make_plan(recipe, replace(SMALL, memory=1e9), EIGHT).changes
     assert "a smaller model" in nothing
@@ -107,7 +107,10 @@ def test_a_checkpoint_is_as_large_as_planned(tmp_path):
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     optimizer.step()
-    folder = save_checkpoint(tmp_path, model, optimizer, Card(passport={}, sequence={}), step=1, keep=1)
+    saver = Saver(tmp_path)
+    saver.save(model, optimizer, Card(passport={}, sequence={}), step=1)
+    saver.wait()
+    (folder,) = checkpoints(tmp_path)
     found = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert found == pytest.approx(BYTES_OF_CHECKPOINT * sum(p.numel() for p in model.parameters()), rel=0.02)
 
@@ -131,7 +134,7 @@ def test_devices_are_those_the_batch_can_be_divided_among(capsys):
 
 
 def test_json_says_the_same(capsys):
-    words = ["plan", "1b", "--gpus", "64", "--strategy", "hsdp", "--dollars-per-hour", "2.5"]
+    words = ["plan", "1b", "--gpus", "64", "--parallel.strategy", "hsdp", "--dollars-per-hour", "2.5"]
     assert main([*words, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     plan = make_plan(PRETRAINING["1b"](), H100, Layout(devices=64, strategy="hsdp"))
@@ -161,8 +164,8 @@ def test_what_does_not_fit_ends_with_1(tmp_path, capsys):
         (["base", "--gpus", "0"], "--gpus: must be at least 1"),
         (["base", "--gpus", "64"], "no multiple of 64 ranks x 8; use --micro-batch 4"),
         (["base", "--gpus", "7"], "use fewer ranks or another batch"),
-        (["1b", "--gpus", "12", "--strategy", "hsdp"], "not whole machines of 8"),
-        (["base", "--strategy", "zero"], "--strategy"),
+        (["1b", "--gpus", "12", "--parallel.strategy", "hsdp"], "not whole machines of 8"),
+        (["base", "--parallel.strategy", "zero"], "--parallel.strategy"),
         (["base", "--grid", "0", "16"], "rows: must be at least 1"),
         (["base", "--dollars-per-hour", "-1"], "--dollars-per-hour: must be positive"),
         (["base", "--model.heads", "5"], "heads"),

@@ -1,4 +1,4 @@
-"""Probes: AIM's head exactly, training together equal to training alone, and honest choices."""
+"""Probes: what each layer and head finds, honest choices, and data that can't be probed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import make_photo, make_video
 
+from toto.evaluation.backbones.pixels import PixelBackbone
 from toto.evaluation.labelled import catalog_clips, extract, procedural_clips, split_by_share
-from toto.evaluation.probe import AttentionHead, Features, ProbeConfig, chosen, train_heads, train_probes
+from toto.evaluation.probe import Features, ProbeConfig, best_by_layer, chosen, train_probes
 from toto.media.procedural import MOTIONS
 from toto.runtime.errors import ConfigError
 
@@ -30,32 +31,9 @@ def separable(count: int, *, seed: int, classes: int = 3, width: int = 8) -> Fea
     return Features(by_layer={0: noise[0], 1: noise[1] + signal, 2: noise[2] + rare}, labels=labels)
 
 
-def test_the_attention_head_is_multi_head_attention_with_one_query():
-    torch.manual_seed(0)
-    head = AttentionHead(12, 5, heads=3)
-    tokens = torch.randn(4, 7, 12)
-    reference = torch.nn.MultiheadAttention(12, 3, bias=False, batch_first=True)
-    reference.in_proj_weight.data = torch.cat([torch.eye(12), head.key.weight, head.value.weight])
-    reference.out_proj.weight.data = torch.eye(12)
-    pooled, _ = reference(head.query.reshape(1, 1, 12).expand(4, 1, 12), tokens, tokens)
-    torch.testing.assert_close(head(tokens), head.linear(pooled[:, 0]), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("pool", ["average", "attention"])
-def test_rates_trained_together_equal_rates_trained_alone(pool):
-    features = separable(48, seed=0)
-    tokens = features.by_layer[2] if pool == "attention" else features.by_layer[1].mean(1, keepdim=True)
-    config = replace(QUICK, rates=(1e-3, 1e-2))
-    together = train_heads(2, pool, tokens, features.labels, classes=3, config=config)
-    for number, rate in enumerate(config.rates):
-        (alone,) = train_heads(2, pool, tokens, features.labels, classes=3, config=replace(config, rates=(rate,)))
-        for ours, theirs in zip(together[number].parameters(), alone.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
-
-
 def test_each_layer_and_head_finds_what_is_there():
     scores = train_probes(separable(150, seed=1), separable(90, seed=2), classes=3, config=replace(QUICK, epochs=30))
-    accuracy = {(score.layer, score.pool): float(score.correct.float().mean()) for score in scores}
+    accuracy = {(score.layer, score.pool): float(score.correct.float().mean()) for score in best_by_layer(scores)}
     assert accuracy[1, "average"] > 0.95
     assert accuracy[1, "attention"] > 0.9
     assert accuracy[0, "average"] < 0.6
@@ -82,15 +60,23 @@ def test_a_class_without_training_clips_is_refused():
         train_probes(lonely, lonely, classes=2, config=QUICK)
     with pytest.raises(ConfigError, match="3 heads don't divide"):
         train_probes(features, features, classes=3, config=replace(QUICK, heads=3))
+    with pytest.raises(ConfigError, match=r"10 training labels lie beyond the 2 classes \(the first: 2\)"):
+        train_probes(features, features, classes=2, config=QUICK)
+    unlabelled = replace(features, labels=torch.where(features.labels == 1, -1, features.labels))
+    with pytest.raises(ConfigError, match=r"10 test labels lie beyond the 3 classes \(the first: -1\)"):
+        train_probes(features, unlabelled, classes=3, config=QUICK)
+    empty = Features(by_layer={0: torch.zeros(0, 2, 8)}, labels=torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="no test clips"):
+        train_probes(features, empty, classes=3, config=QUICK)
 
 
-class CountingBackbone:
-    """Features that say which clip they are of."""
-
-    layers, frame_size, frames = (0,), 16, 4
-
-    def features(self, frames):
-        return {0: frames.float().mean(dim=(1, 2, 3))[:, None, :]}
+@pytest.mark.parametrize("standardise", ["training-set", "running"])
+def test_fewer_clips_than_a_batch_and_a_last_batch_of_one(standardise):
+    for count, batch in ((9, 64), (12, 8)):  # of twelve, nine are fitted: the last batch would be of one
+        config = replace(QUICK, batch=batch, standardise=standardise, epochs=3)
+        scores = train_probes(separable(count, seed=0), separable(3, seed=1), classes=3, config=config)
+        assert len(scores) == 3 * 2 * 3
+        assert all(0 <= score.validation <= 1 for score in scores)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
@@ -101,7 +87,7 @@ def test_unreadable_clips_are_counted_never_replaced(tmp_path, batch):
     (tmp_path / "a" / "1.mp4").write_text("broken")
     make_video(tmp_path / "b" / "2.mp4", frames=5, size=32)
     clips = catalog_clips(str(tmp_path), frames=4, stride=4)
-    found = extract(CountingBackbone(), clips, batch=batch)
+    found = extract(PixelBackbone(size=16, frames=4), clips, batch=batch)
     assert found.features.labels.tolist() == [0, 0, 1, 1]
     assert len(found.features.by_layer[0]) == 4
     assert [(row.id, row.status) for row in found.unused] == [("a/1.mp4", "corrupt"), ("b/2.mp4", "short")]

@@ -8,6 +8,7 @@ import torch
 from toto.generation.rollout import continue_codes
 from toto.generation.sampler import SamplerConfig, filtered_probabilities, sample
 from toto.model.config import ModelConfig
+from toto.model.decoding import rounded_model
 from toto.model.transformer import Transformer
 from toto.runtime.errors import ConfigError
 from toto.tokens.sequence import CODE_OFFSET, pack
@@ -54,6 +55,33 @@ def test_the_same_seed_gives_the_same_continuation(model):
     again = [roll(model, prompt, sampler=SamplerConfig(seed=seed, temperature=5.0)) for seed in (1, 1, 2)]
     assert again[0].equal(again[1])
     assert not again[0].equal(again[2])
+
+
+def test_weights_that_changed_are_seen(model):
+    prompt, greedy = torch.randint(0, 16, (1, 1, 2, 3)), SamplerConfig(temperature=0)
+    before = roll(model, prompt, sampler=greedy)
+    weight = model.blocks[0].mlp.down.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.normal_(generator=torch.Generator().manual_seed(5))
+    after, plain = (roll(model, prompt, sampler=greedy, use_cache=use) for use in (True, False))
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert after.equal(plain)
+    assert not after.equal(before)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_rounded_weights_continue_as_a_model_of_these_weights_does(model, weights, monkeypatch):
+    monkeypatch.setattr("toto.model.decoding.use_bf16", lambda *_: False)
+    other, prompt = rounded_model(model, weights), torch.randint(0, 16, (2, 2, 2, 3))
+    drawn = [roll(model, prompt, new_frames=6, weights=weights), roll(other, prompt, new_frames=6, use_cache=False)]
+    assert drawn[0].equal(drawn[1])
+
+
+def test_rounded_weights_need_the_cache(model):
+    with pytest.raises(ConfigError, match="int8 is for Toto models with a cache"):
+        roll(model, torch.zeros(1, 1, 2, 2, dtype=torch.int64), weights="int8", use_cache=False)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,12 @@ from toto.training.objective import next_token_loss
 from toto.training.optimizer import OptimizerConfig, make_optimizer
 
 aten = torch.ops.aten
-KEPT = {aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention_for_cpu.default}
+KEPT = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.toto.blockwise_attention.default,
+}
 
 
 def measured(model: dict, batch: int, length: int, bf16: bool, passes: int, checkpointing: str) -> dict[str, float]:
@@ -53,7 +58,7 @@ def _step(model, optimizer, batch, length, bf16, passes):
         tokens[:, 0], tokens[:, -1] = 1, 2
         patches = torch.rand(batch, length - 2, config.values_in_patch) if config.inputs == "patches" else None
         with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
-            loss = next_token_loss(model, tokens, patches)
+            loss = next_token_loss(model, tokens, patches).mean
         with record_function("backward"):
             loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -39,7 +39,7 @@ def counted(config, *, batch, visual, device="meta", **counter):
         tokens = torch.ones(batch, visual + 2, dtype=torch.int64)
         patches = torch.zeros(batch, visual, config.values_in_patch) if config.inputs == "patches" else None
         with FlopCounterMode(display=False, **counter) as counts:
-            next_token_loss(model, tokens, patches).backward()
+            next_token_loss(model, tokens, patches).mean.backward()
     return counts.get_total_flops()
 
 

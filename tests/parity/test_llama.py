@@ -56,7 +56,7 @@ def test_training_step_has_llamas_gradients():
     tokens = torch.randint(0, 50, (2, 40))
     from toto.training.objective import next_token_loss
 
-    ours = next_token_loss(model, tokens)
+    ours = next_token_loss(model, tokens).mean
     theirs = llama(tokens, labels=tokens).loss
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
     ours.backward()

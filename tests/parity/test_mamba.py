@@ -68,7 +68,7 @@ def test_logits_and_hidden_states_are_theirs(tied, how):
 def test_a_training_step_has_their_loss_and_gradients(how):
     model, theirs = ours_and_theirs(replace(TINY, scan=how), seed=1)
     tokens = torch.randint(0, 60, (2, 90))
-    ours, expected = next_token_loss(model.train(), tokens), theirs.train()(tokens, labels=tokens).loss
+    ours, expected = next_token_loss(model.train(), tokens).mean, theirs.train()(tokens, labels=tokens).loss
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
     ours.backward()
     expected.backward()

@@ -24,14 +24,14 @@ from toto.model.weights import checkpoints, load_card, load_model, newest_checkp
 from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
 from toto.runtime.metrics import read_metrics
 from toto.tokens.shards import TokenStore, sealed
-from toto.training import loop
+from toto.training import loop, parallel
 from toto.training.checkpoint import require_whole, restore_checkpoint
 from toto.training.config import DataConfig, TrainConfig
 from toto.training.loop import train
 from toto.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from toto.training.source import SourceConfig
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 @pytest.fixture
@@ -59,11 +59,12 @@ def losses(run):
     return {row["step"]: row["train/loss"] for row in read_metrics(run) if "train/loss" in row}
 
 
-def test_a_golden_curve_of_100_steps(config, tmp_path):
-    train(replace(config, steps=100, save_every=100), tmp_path / "run")
+@pytest.mark.parametrize(("precision", "curve", "within"), [("fp32", "losses", 2e-3), ("bf16", "losses-bf16", 1e-2)])
+def test_a_golden_curve_of_100_steps(config, tmp_path, precision, curve, within):
+    train(replace(config, steps=100, save_every=100, precision=precision), tmp_path / "run")
     found = losses(tmp_path / "run")
-    golden = {int(step): loss for step, loss in json.loads(GOLDEN.read_text()).items()}
-    assert found == pytest.approx(golden, rel=2e-3)
+    golden = {int(step): loss for step, loss in json.loads((GOLDEN / f"{curve}.json").read_text()).items()}
+    assert found == pytest.approx(golden, rel=within)
     assert found[100] < 0.7 * found[1]
 
 
@@ -77,7 +78,7 @@ def test_a_run_leaves_what_is_promised(config, tmp_path):
     last = train(config, tmp_path / "run", evaluate=evaluate)
     assert last.name == "step-00000024"
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000018", last.name]
-    assert {"made.json", "metrics.jsonl", "tensorboard", "checkpoints"} == {
+    assert {"made.json", "metrics.jsonl", "positions.jsonl", "tensorboard", "checkpoints"} == {
         p.name for p in (tmp_path / "run").iterdir()
     }
     assert json.loads((tmp_path / "run" / "made.json").read_text())["config"]["model"]["vocab_size"] == 36
@@ -102,10 +103,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch, p
     train(config, tmp_path / "whole")
     step = loop._step
 
-    def stop_at_ten(run):
+    def stop_at_ten(run, stop):
         if run.step == 9:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(run)
+        return step(run, stop)
 
     monkeypatch.setattr(loop, "_step", stop_at_ten)
     with pytest.raises(InterruptedRunError, match=r"SIGTERM after step 10; add --resume"):
@@ -168,14 +169,15 @@ def test_shards_may_move_but_not_change(config, tmp_path, video_store):
 
 
 def test_a_loss_that_is_no_number_stops_with_step_items_and_last_good_checkpoint(config, tmp_path, monkeypatch):
-    loss_of = loop.next_token_loss
+    loss_of = parallel.next_token_loss
     calls = []
 
     def poisoned(*inputs):
         calls.append(None)
-        return loss_of(*inputs) * (float("nan") if len(calls) == 15 else 1)
+        loss = loss_of(*inputs)
+        return replace(loss, mean=loss.mean * float("nan")) if len(calls) == 15 else loss
 
-    monkeypatch.setattr(loop, "next_token_loss", poisoned)
+    monkeypatch.setattr(parallel, "next_token_loss", poisoned)
     with pytest.raises(NonFiniteLossError) as error:
         train(config, tmp_path / "run")
     assert "at step 8" in str(error.value)
@@ -183,7 +185,7 @@ def test_a_loss_that_is_no_number_stops_with_step_items_and_last_good_checkpoint
     report = json.loads((tmp_path / "run" / "non-finite-step-8.json").read_text())
     assert len(report["batch"]) == 4
     assert all(item.startswith(("video", "image")) for window in report["batch"] for item, _ in window["origin"])
-    monkeypatch.setattr(loop, "next_token_loss", loss_of)
+    monkeypatch.setattr(parallel, "next_token_loss", loss_of)
     train(config, tmp_path / "run", resume=True)
     train(config, tmp_path / "whole")
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")

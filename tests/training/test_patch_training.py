@@ -106,7 +106,7 @@ def test_the_error_is_that_of_the_next_patch_by_itself(model):
     for place in (0, 5, 8):
         by_hand = (said[0, place] - normalised(patches[0, place])).square().mean()
         torch.testing.assert_close(errors[0, place], by_hand, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(next_token_loss(model, sequences, patches), errors.mean())
+    torch.testing.assert_close(next_token_loss(model, sequences, patches).mean, errors.mean())
     changed = patches.clone()
     changed[0, 8] = -changed[0, 8]
     assert patch_errors(model, sequences, changed)[0, :8].equal(errors[0, :8])  # the last patch is a target only
@@ -123,7 +123,7 @@ def test_codes_are_classified_from_patches_with_the_end_included():
     patches = torch.randn(1, 9, 192)
     each = token_losses(model, sequences, patches)
     assert each.shape == (1, 10)
-    torch.testing.assert_close(next_token_loss(model, sequences, patches), each.mean())
+    torch.testing.assert_close(next_token_loss(model, sequences, patches).mean, each.mean())
 
 
 @pytest.mark.parametrize("drift", [0, 1], ids=["still", "moving"])
@@ -149,10 +149,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(config, tmp_path, monkeypatch, t
     train(config, tmp_path / "whole")
     step = loop._step
 
-    def stop_at_five(run):
+    def stop_at_five(run, stop):
         if run.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(run)
+        return step(run, stop)
 
     monkeypatch.setattr(loop, "_step", stop_at_five)
     with pytest.raises(InterruptedRunError, match="SIGTERM after step 5"):

@@ -14,10 +14,10 @@ from torch import Tensor
 from toto.commands.evaluate import print_bits, print_probe
 from toto.commands.parsing import parse
 from toto.evaluation.features import open_backbone
-from toto.evaluation.labelled import ProceduralLabel, procedural_clips
+from toto.evaluation.labelled import Extracted, ProceduralLabel, extract, procedural_clips
 from toto.evaluation.likelihood import heldout_evaluation
 from toto.evaluation.probe import ProbeConfig
-from toto.evaluation.read_out import bits, probe
+from toto.evaluation.read_out import ProbeData, ProbeSide, bits, probe_sides
 from toto.evaluation.result import Result
 from toto.generation.rollout import continue_codes
 from toto.generation.sampler import SamplerConfig
@@ -76,7 +76,7 @@ def run(words: list[str]) -> None:
     print_bits(found)
     found.save(options.out / "bits.json")
     tokenizer = load_tokenizer()
-    probed = {label: probe_procedural(last, tokenizer, options, label) for label in PROBED}
+    probed = probe_procedural(last, tokenizer, options)
     for label, result in probed.items():
         print_probe(result)
         result.save(options.out / f"probe-{label}.json")
@@ -120,12 +120,22 @@ def demo_config(options: Options, sources: dict[str, tuple[SourceConfig, ...]]) 
     return replace(config, data=data, steps=steps)
 
 
-def probe_procedural(checkpoint: Path, tokenizer: Tokenizer, options: Options, label: ProceduralLabel) -> Result:
-    """Probe a label of the procedural corpus at every layer."""
-    clips = procedural_clips(1, options.clips, frames=FRAMES, size=SIZE, label=label)
-    test = procedural_clips(2, max(6, options.clips // 3), frames=FRAMES, size=SIZE, label=label)
-    backbone = open_backbone(checkpoint, tokenizer)
-    return probe(backbone, clips, test, config=ProbeConfig(), checkpoint=checkpoint)
+def probe_procedural(checkpoint: Path, tokenizer: Tokenizer, options: Options) -> dict[ProceduralLabel, Result]:
+    """Probe every label of the procedural corpus at every layer, on features of one pass over its clips."""
+    counts = (options.clips, max(6, options.clips // 3))
+    data, backbone = ProbeData(), open_backbone(checkpoint, tokenizer)
+    found: list[Extracted] = []
+    results: dict[ProceduralLabel, Result] = {}
+    for label in PROBED:
+        sides = []
+        for seed, count in enumerate(counts, 1):
+            clips = procedural_clips(seed, count, frames=FRAMES, size=SIZE, label=label)
+            if len(found) < len(counts):
+                found.append(extract(backbone, clips, batch=data.batch))
+            features = replace(found[seed - 1].features, labels=torch.tensor(clips.labels))
+            sides.append(ProbeSide.kept(clips, replace(found[seed - 1], features=features)))
+        results[label] = probe_sides(backbone, *sides, config=ProbeConfig(), data=data)
+    return results
 
 
 def shown_frames(path: Path) -> Tensor:

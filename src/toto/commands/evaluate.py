@@ -1,38 +1,47 @@
-"""`toto evaluate probe`, `toto evaluate bits` and `toto evaluate patches`."""
+"""`toto evaluate image`, `video` and `probe`, `toto evaluate bits` and `toto evaluate patches`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from toto.commands.parsing import parse, parse_source, take_word
 from toto.commands.printing import classes_line
-from toto.evaluation.features import open_backbone
+from toto.evaluation.backbones.huggingface import OverFrames
+from toto.evaluation.backbones.names import load_backbone
+from toto.evaluation.feature_cache import AUTO, CacheConfig
+from toto.evaluation.features import Backbone
+from toto.evaluation.finetune_config import Augmentation
 from toto.evaluation.labelled import LabelledClips, catalog_clips, procedural_clips, split_by_share
-from toto.evaluation.probe import POOLS, ProbeConfig
-from toto.evaluation.read_out import bits, patch_errors, probe
+from toto.evaluation.overlap import require_apart
+from toto.evaluation.probe import ProbeConfig
+from toto.evaluation.read_out import ProbeData, bits, patch_errors, probe
 from toto.evaluation.result import Metric, Result
 from toto.media.catalogs import takes_clips
 from toto.media.ledger import LedgerRow, summary, unused
-from toto.model.weights import load_card
+from toto.report.plots import PLOTTED, write_probe_plot
 from toto.runtime.device import Precision
 from toto.runtime.errors import ConfigError
 from toto.runtime.places import AnyPath
-from toto.tokens.passport import Passport
-from toto.tokens.tokenizer import EMBEDDED, load_tokenizer
+from toto.tokens.tokenizer import EMBEDDED
 
 PROCEDURAL = "procedural"
+PROBES = ("image", "video", "probe")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
-    """Train an average-pool and an attention-pool probe on every layer of a frozen checkpoint.
+    """Train average-pool and attention-pool probes on every layer of a frozen backbone, at several rates, in one go.
+
+    `image` takes still images, `video` takes clips, `probe` either.
 
     Attributes:
-        checkpoint: a checkpoint or run folder, or a hub id.
+        checkpoint: a checkpoint or run folder, or a hub id; or another backbone: hf:NAME_OR_FOLDER, a vision model of
+            Hugging Face; random:CHECKPOINT, the same with weights drawn at random; pixels:SIZE/GRID, raw pixels.
         data: labelled videos or images, in any form that `toto tokenize` reads, or "procedural" for the motions that
             are made by code.
         clips: the folder that holds what a manifest names; by default the manifest's own.
@@ -42,9 +51,20 @@ class ProbeOptions:
         test_split: test on this split, of TEST or of DATA.
         test_share: the share that is held back.
         procedural_clips: how many procedural clips are made for training; a third as many for testing.
+        allow_overlap: test on items that are training items, too, byte for byte.
         out: write the result record to this JSON file.
+        plot: write accuracy by layer with intervals to this SVG or PNG file.
         tokenizer: "embedded", or a tokenizer folder; a model with patch inputs needs none.
+        frames: T of a clip, where the backbone leaves it open.
+        over_frames: of a model of images that sees clips: the tokens of all frames, or their mean over frames.
+        keep_class: keep class and register tokens of Hugging Face models beside the visual ones.
         stride: of the frames of videos; by default that of the model's training data.
+        features: kept after one pass of the trunk, or streamed: the trunk runs in every epoch, and only a batch of
+            features is in memory.
+        cache: keep the features on disk for the next time, in this folder, which is for one backbone, or `auto`.
+        cache_gb: most that the cache may take.
+        cache_tokens: keep the means of so many runs of neighbouring tokens there, instead of all tokens.
+        augment: show other parts of the training clips in every epoch, mirrored or not; needs `--features streamed`.
         batch: clips in one pass of the trunk.
         precision: auto, bf16 or fp32, of the trunk.
         device: auto, cpu, cuda, ...
@@ -60,13 +80,27 @@ class ProbeOptions:
     test_split: str | None = None
     test_share: float = 0.3
     procedural_clips: int = 480
+    allow_overlap: bool = False
     out: Path | None = None
+    plot: Path | None = None
     tokenizer: str = EMBEDDED
+    frames: int | None = None
+    over_frames: OverFrames = "concatenate"
+    keep_class: bool = False
     stride: int | None = None
+    features: Literal["kept", "streamed"] = "kept"
+    cache: str | None = None
+    cache_gb: float = CacheConfig.gigabytes
+    cache_tokens: int | None = None
+    augment: bool = False
     batch: int = 8
     precision: Precision = "auto"
     device: str = "auto"
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+    def __post_init__(self) -> None:
+        if self.plot is not None and self.plot.suffix not in PLOTTED:
+            raise ConfigError(f"is no {' or '.join(PLOTTED)} file", where=self.plot, fix="give it one of these endings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +155,7 @@ class PatchesOptions:
 
 def run(words: list[str]) -> None:
     """Parse, evaluate, print a table, and write the record where one is asked for."""
-    task, rest = take_word(words, verb="evaluate", what="TASK", known=["probe", "bits", "patches"])
+    task, rest = take_word(words, verb="evaluate", what="TASK", known=[*PROBES, "bits", "patches"])
     if task == "bits":
         options = parse(BitsOptions, rest, verb="evaluate bits")
         result, out = evaluate_bits(options), options.out
@@ -131,25 +165,48 @@ def run(words: list[str]) -> None:
         result, out = evaluate_patches(wanted), wanted.out
         print_patches(result, out)
     else:
-        asked = parse(ProbeOptions, rest, verb="evaluate probe")
-        result, out = evaluate_probe(asked), asked.out
+        asked = parse(ProbeOptions, rest, verb=f"evaluate {task}")
+        result, out = evaluate_probe(asked, task), asked.out
         print_probe(result, out)
+        if asked.plot is not None:
+            write_probe_plot(asked.plot, result)
+            print(f"{asked.plot}: accuracy by layer")
     if out:
         result.save(out)
 
 
-def evaluate_probe(options: ProbeOptions) -> Result:
+def evaluate_probe(options: ProbeOptions, task: str = "probe") -> Result:
     """The probe's record for these options."""
-    card = load_card(options.checkpoint)
-    backbone = open_backbone(
+    backbone = load_backbone(
         options.checkpoint,
-        load_tokenizer(options.tokenizer),
+        tokenizer=options.tokenizer,
+        frames=options.frames,
+        over_frames=options.over_frames,
+        keep_class=options.keep_class,
+        seed=options.probe.seed,
         device=options.device,
         precision=options.precision,
     )
-    train, test = _clips(options, frames=card.sequence["frames"], stride=options.stride or card.sequence["stride"])
+    train, test = _clips(options, backbone, stride=options.stride or backbone.stride)
+    if task != "probe" and task != train.modality:
+        raise ConfigError(f"holds {train.modality}s", where=train.name, fix=f"use `toto evaluate {train.modality}`")
+    if not options.allow_overlap:
+        require_apart(train, test)
     backbone.modality = train.modality
-    return probe(backbone, train, test, config=options.probe, checkpoint=options.checkpoint, batch=options.batch)
+    data = ProbeData(
+        features=options.features,
+        augmentation=Augmentation() if options.augment else None,
+        batch=options.batch,
+        cache=_cache(options),
+    )
+    return probe(backbone, train, test, config=options.probe, data=data, task=task)
+
+
+def _cache(options: ProbeOptions) -> CacheConfig | None:
+    if options.cache is None:
+        return None
+    folder: Path | Literal["auto"] = AUTO if options.cache == AUTO else Path(options.cache)
+    return CacheConfig(folder=folder, gigabytes=options.cache_gb, tokens=options.cache_tokens)
 
 
 def evaluate_bits(options: BitsOptions) -> Result:
@@ -180,8 +237,9 @@ def evaluate_patches(options: PatchesOptions) -> Result:
 
 def print_probe(result: Result, stored: Path | None = None) -> None:
     """The table by layer, with intervals, the chance level, the classes, the denominators and the bound."""
+    pools = list(result.details["chosen_layer"])
     table = Table(title=f"Probe of {result.protocol['test']}: accuracy by layer, 95 % bootstrap intervals")
-    for name in ("layer", "average pool", "attention pool"):
+    for name in ("layer", *(f"{pool} pool" for pool in pools)):
         table.add_column(name, justify="right")
     rows: dict[int, dict[str, str]] = {}
     for row in result.details["by_layer"]:
@@ -189,14 +247,19 @@ def print_probe(result: Result, stored: Path | None = None) -> None:
         text = f"{100 * row['test']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]{mark}"
         rows.setdefault(row["layer"], {})[row["pool"]] = text
     for layer, cells in rows.items():
-        table.add_row(str(layer), cells["average"], cells["attention"])
+        table.add_row(str(layer), *(cells[pool] for pool in pools))
     Console().print(table)
     chance, largest = result.metrics["chance"].value, result.details["largest_class"]
     print(f"* chosen on a slice of the training clips; chance {100 * chance:.1f}, largest class {100 * largest:.1f}")
+    for pool in pools:
+        of_layers = [row for row in result.details["by_layer"] if row["pool"] == pool]
+        row = next(row for row in of_layers if row["layer"] == result.details["chosen_layer"][pool])
+        five = f", top-5 {100 * row['top5']:.1f}" if f"{pool}_top5" in result.metrics else ""
+        print(f"{pool} pool: layer {row['layer']}, rate {row['rate']:g}, decay {row['decay']:g}{five}")
     print(classes_line(result.protocol["classes"]))
     print(f"accuracy is over {_denominators(result)}")
     if result.failed:
-        bounds = [f"{pool} pool {100 * (result.metrics[f'{pool}_accuracy'].bound or 0):.1f}" for pool in POOLS]
+        bounds = [f"{pool} pool {100 * (result.metrics[f'{pool}_accuracy'].bound or 0):.1f}" for pool in pools]
         print(f"with every failed clip counted wrong, at the chosen layers: {', '.join(bounds)}")
     _print_ledger(result, stored)
 
@@ -261,10 +324,10 @@ def _cell(metric: Metric | None) -> str:
     return f"{metric.value:.3f}{interval}"
 
 
-def _clips(options: ProbeOptions, *, frames: int, stride: int) -> tuple[LabelledClips, LabelledClips]:
+def _clips(options: ProbeOptions, backbone: Backbone, *, stride: int) -> tuple[LabelledClips, LabelledClips]:
+    frames = backbone.frames
     if options.data == PROCEDURAL:
-        passport = Passport.from_dict(load_card(options.checkpoint).passport, where=options.checkpoint)
-        size = 64 if passport.frame_size is None else passport.frame_size[0]
+        size = backbone.frame_size
         train = procedural_clips(1, options.procedural_clips, frames=frames, size=size)
         return train, procedural_clips(2, max(6, options.procedural_clips // 3), frames=frames, size=size)
     train = catalog_clips(options.data, frames=frames, stride=stride, clips=options.clips, split=options.split)

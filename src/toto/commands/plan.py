@@ -10,13 +10,12 @@ from typing import Annotated, Any
 import tyro
 
 from toto.commands.parsing import parse, take_word
-from toto.model.budget.memory import Checkpointing
 from toto.recipes import PRETRAINING
 from toto.runtime.errors import ConfigError
 from toto.runtime.machine import Machine, machine
 from toto.runtime.provenance import as_plain
 from toto.training.config import TrainConfig
-from toto.training.plan import Layout, Plan, Strategy, Tokens, make_plan
+from toto.training.plan import Layout, Plan, Tokens, make_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +26,6 @@ class Options:
         machine: h100, a100, this (measured now), or a JSON file; what is assumed of it is printed.
         gpus: devices that take part, a rank each; by default those of one machine that the
             batch can be divided among.
-        strategy: ddp keeps all weights on each device; fsdp divides them among all; hsdp among those of a machine.
-        checkpointing: what of a block is kept for the backward pass: everything (none), its input and the results of
-            matrix products and attention (selective), or its input (full).
         codes: of the tokenizer.
         grid: rows and columns of a frame's tokens.
         patch_side: pixels of a patch, for patch inputs.
@@ -39,8 +35,6 @@ class Options:
 
     machine: str = "h100"
     gpus: int | None = None
-    strategy: Strategy = "ddp"
-    checkpointing: Checkpointing = "none"
     codes: int = 8192
     grid: tuple[int, int] = (16, 16)
     patch_side: int = 8
@@ -68,7 +62,8 @@ def run(words: list[str]) -> bool:
     recipe: TrainConfig = vars(options)["recipe"]
     kind = machine(options.machine)
     devices = _devices(recipe, kind) if options.gpus is None else options.gpus
-    layout = Layout(devices=devices, strategy=options.strategy, checkpointing=options.checkpointing)
+    parallel = recipe.parallel
+    layout = Layout(devices=devices, strategy=parallel.strategy, checkpointing=parallel.checkpointing)
     rows, cols = options.grid
     tokens = Tokens(codes=options.codes, rows=rows, cols=cols, patch_side=options.patch_side)
     plan = make_plan(recipe, kind, layout, tokens)
@@ -111,7 +106,8 @@ def _lines(name: str, recipe: TrainConfig, plan: Plan, kind: Machine, layout: La
     ]
     if plan.recomputed:
         lines.append(f"             of a step, {plan.recomputed:.4g} more to compute blocks again; in the sum")
-    lines.append(f"memory       {_size(plan.memory.total)} a rank of {_size(plan.room)}, fullest {_moment(plan)}")
+    least, fullest = ("", f"fullest {_moment(plan)}") if plan.whole_memory else ("at least ", "activations not known")
+    lines.append(f"memory       {least}{_size(plan.memory.total)} a rank of {_size(plan.room)}, {fullest}")
     taken = {category: count for category, count in plan.memory.by_category().items() if count}
     lines += [f"             {category:<12}{_size(count):>10}" for category, count in taken.items()]
     lines.append(

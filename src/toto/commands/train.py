@@ -13,8 +13,12 @@ from toto.commands.parsing import parse, parse_change, parse_source, take_word
 from toto.evaluation.likelihood import heldout_evaluation
 from toto.media.ledger import summary
 from toto.recipes import PRETRAINING
+from toto.report.losses import loss_lines, write_losses
+from toto.runtime.allocator import prefer_huge_pages
 from toto.runtime.files import write_json
 from toto.runtime.metrics import read_metrics
+from toto.runtime.ranks import is_first
+from toto.runtime.wandb_sink import parse_project
 from toto.tokens.accounts import count_inputs
 from toto.tokens.shards import LEDGER, TokenStore
 from toto.training.config import DataConfig, TrainConfig
@@ -35,6 +39,7 @@ class Options:
             its weight. Give it again for a further step. A source that joins later has weight 0 in --data.
         heldout: what is evaluated on, in the same form.
         resume: continue the run in OUT from its newest checkpoint, exactly.
+        wandb: [TEAM/]PROJECT of Weights & Biases that shows the metrics, too (extra wandb).
     """
 
     out: Path
@@ -42,6 +47,7 @@ class Options:
     data_at: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     heldout: tuple[str, ...] = ()
     resume: bool = False
+    wandb: str | None = None
 
 
 def options_with(recipe: TrainConfig) -> type[Options]:
@@ -92,10 +98,15 @@ def run(words: list[str]) -> None:
     )
     config = dataclasses.replace(recipe, data=data)
     evaluate = heldout_evaluation(config) if data.heldout else None
-    last = train(config, options.out, evaluate=evaluate, resume=options.resume)
+    prefer_huge_pages()
+    project = None if options.wandb is None else parse_project(options.wandb)
+    last = train(config, options.out, evaluate=evaluate, resume=options.resume, wandb=project)
+    if not is_first():
+        return
     final = {name: value for row in read_metrics(options.out)[-2:] for name, value in row.items()}
     inputs = count_all_inputs(data)
     write_json(options.out / INPUTS, inputs)
     for each in inputs:
         print(f"{each['part']} {each['modality']}:{each['path']}: {summary(each['ledger'], each['rows'])}")
     print(f"{last}: " + ", ".join(f"{name} {value:.4g}" for name, value in final.items()))
+    print("\n".join(loss_lines(write_losses(options.out))))

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 
+from toto.evaluation.feature_cache import FeatureCache
 from toto.evaluation.features import Backbone
 from toto.evaluation.probe import Features
-from toto.media.catalog import Item
+from toto.media.catalog import Item, size_of
 from toto.media.catalogs import open_source
 from toto.media.clip import Clip
 from toto.media.ledger import LedgerRow, count_by_status
 from toto.media.procedural import BARS, MOTIONS, make_clip
 from toto.media.reading import read_item
 from toto.media.sampling import require_frames
-from toto.media.transforms import square
 from toto.runtime.errors import ConfigError, MediaError
 from toto.runtime.places import AnyPath
 from toto.runtime.progress import Progress
@@ -40,6 +41,8 @@ class LabelledClips:
         ids: the id of every clip.
         read: reads clip number i, or raises MediaError.
         refused: what the source names beside the clips: missing, named twice, no media.
+        items: what they are read from, for those who choose the frames themselves; none where clips are made by code.
+        how: which frames are read, in words that change when the frames would.
     """
 
     name: str
@@ -49,6 +52,18 @@ class LabelledClips:
     ids: tuple[str, ...]
     read: Reader = field(repr=False)
     refused: tuple[LedgerRow, ...] = ()
+    items: tuple[Item, ...] = ()
+    how: str = ""
+
+    def identity(self) -> dict[str, object]:
+        """What the pixels of the clips depend on: their ids, how frames are chosen, and the files' sizes and times."""
+        stamps: dict[str, object] = {}
+        for item in self.items:
+            if str(item.path) not in stamps:
+                here = isinstance(item.path, Path) and item.path.is_file()
+                stamps[str(item.path)] = [size_of(item.path), Path(str(item.path)).stat().st_mtime_ns if here else None]
+        files = [[stamps[str(item.path)], repr(item.part)] for item in self.items]
+        return {"ids": self.ids, "how": self.how, "files": files, "name": "" if self.items else self.name}
 
     def subset(self, numbers: list[int]) -> LabelledClips:
         """Some of the clips, in the given order."""
@@ -58,6 +73,7 @@ class LabelledClips:
             labels=tuple(self.labels[number] for number in numbers),
             ids=tuple(self.ids[number] for number in numbers),
             read=lambda place: read(numbers[place]),
+            items=tuple(self.items[number] for number in numbers) if self.items else (),
         )
 
 
@@ -94,6 +110,7 @@ def procedural_clips(
         labels=labels,
         ids=tuple(f"procedural/{seed}/{number}" for number in range(count)),
         read=lambda number: make_clip(seed, number, frames=frames, size=size).clip,
+        how=f"{frames} frames of {size} pixels",
     )
 
 
@@ -142,6 +159,8 @@ def catalog_clips(
         ids=tuple(item.id for item in items),
         read=_reader(items, frames, stride),
         refused=catalog.skipped,
+        items=items,
+        how=f"{frames} frames, every {stride}",
     )
 
 
@@ -179,36 +198,102 @@ def split_by_share(clips: LabelledClips, share: float, *, seed: int) -> tuple[La
     )
 
 
-def extract(backbone: Backbone, clips: LabelledClips, *, batch: int) -> Extracted:
-    """Features of all clips in one pass of the backbone; clips that can't be read are counted, never replaced."""
-    parts: dict[int, list[torch.Tensor]] = {}
-    labels: list[int] = []
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Features of neighbouring clips.
+
+    Attributes:
+        features: layer -> `[clips, tokens, D]`, fp32, of those that could be read; None where none could.
+        labels: of these.
+        rows: of all that were offered, in their order.
+    """
+
+    features: dict[int, torch.Tensor] | None
+    labels: tuple[int, ...]
+    rows: tuple[LedgerRow, ...]
+
+
+def stream_features(backbone: Backbone, clips: LabelledClips, *, batch: int, start: int = 0) -> Iterator[Block]:
+    """Features of the clips from number `start` on, up to `batch` of them at once; one pass, nothing is kept.
+
+    Clips that can't be read are named in the rows, never replaced.
+
+    Raises:
+        ConfigError: the backbone gives numbers that are none.
+    """
     rows: list[LedgerRow] = []
+    labels: list[int] = []
     waiting: list[torch.Tensor] = []
 
-    def flush() -> None:
-        for layer, states in backbone.features(torch.stack(waiting)).items():
-            parts.setdefault(layer, []).append(states.to(torch.bfloat16).cpu())
-        waiting.clear()
+    def block() -> Block:
+        found = backbone.features(torch.stack(waiting)) if waiting else None
+        for layer, states in (found or {}).items():
+            if not bool(states.isfinite().all()):
+                what = f"its features of layer {layer} hold NaN or infinity ({rows[0].id} to {rows[-1].id})"
+                raise ConfigError(what, where=backbone.name, fix="try --precision fp32, or another checkpoint")
+        made = Block(
+            features=None if found is None else {layer: states.cpu() for layer, states in found.items()},
+            labels=tuple(labels),
+            rows=tuple(rows),
+        )
+        for each in (rows, labels, waiting):
+            each.clear()
+        return made
 
+    if batch < 1:
+        raise ConfigError(f"must be at least 1, is {batch}", where="--batch")
     with Progress(f"features of {clips.name}", total=len(clips.labels), unit="clips") as progress:
-        for number, label in enumerate(clips.labels):
+        progress.advance(start)
+        for number in range(start, len(clips.labels)):
             try:
-                waiting.append(square(clips.read(number).frames, backbone.frame_size))
-                labels.append(label)
+                waiting.append(backbone.prepare(clips.read(number).frames))
+                labels.append(clips.labels[number])
                 row = LedgerRow(id=clips.ids[number], kind=clips.modality, status="ok", frames=len(waiting[-1]))
             except MediaError as error:
                 row = LedgerRow(id=clips.ids[number], kind=clips.modality, status=error.status, reason=error.what)
             rows.append(row)
             if len(waiting) == batch:
-                flush()
+                yield block()
             progress.advance()
-    if waiting:
-        flush()
+    if rows:
+        yield block()
+
+
+def extract(backbone: Backbone, clips: LabelledClips, *, batch: int, cache: FeatureCache | None = None) -> Extracted:
+    """Features of all clips in one pass of the backbone; clips that can't be read are counted, never replaced.
+
+    With a cache, what it holds is not computed again, and the features are mapped into memory; without one they are
+    kept there, in bf16.
+
+    Raises:
+        ConfigError: no clip could be read.
+        StorageError: the features don't fit into the cache.
+    """
+    by_layer, rows = _kept(backbone, clips, batch) if cache is None else _cached(backbone, clips, batch, cache)
+    labels = [label for label, row in zip(clips.labels, rows, strict=True) if row.status == "ok"]
     if not labels:
         first = rows[0].reason if rows else "there are none"
         raise ConfigError(f"no clip could be read (the first: {first})", where=clips.name)
-    features = Features(
-        by_layer={layer: torch.cat(found) for layer, found in parts.items()}, labels=torch.tensor(labels)
-    )
-    return Extracted(features=features, ledger=(*rows, *clips.refused))
+    return Extracted(features=Features(by_layer=by_layer, labels=torch.tensor(labels)), ledger=(*rows, *clips.refused))
+
+
+def _kept(backbone: Backbone, clips: LabelledClips, batch: int) -> tuple[dict[int, torch.Tensor], list[LedgerRow]]:
+    parts: dict[int, list[torch.Tensor]] = {}
+    rows: list[LedgerRow] = []
+    for block in stream_features(backbone, clips, batch=batch):
+        rows += block.rows
+        for layer, states in (block.features or {}).items():
+            parts.setdefault(layer, []).append(states.to(torch.bfloat16))
+    return {layer: torch.cat(found) for layer, found in parts.items()}, rows
+
+
+def _cached(
+    backbone: Backbone, clips: LabelledClips, batch: int, cache: FeatureCache
+) -> tuple[dict[int, torch.Tensor], list[LedgerRow]]:
+    part = cache.part(clips.identity(), backbone.layers, len(clips.labels))
+    if not part.whole:
+        with part.filling():
+            for block in stream_features(backbone, clips, batch=batch, start=part.next):
+                part.add(block.features, block.rows)
+            part.keep(whole=True)
+    return part.read()

@@ -1,240 +1,337 @@
 """Linear read-outs of every layer at once: average pooling and attention pooling on frozen features.
 
-One pass of the trunk over the clips gives the features of all layers. On them, for every layer, both heads are
-trained at several learning rates together; each (layer, head) keeps the rate that is best on a slice of the training
-clips, and the layer that the result names is chosen on that slice too. The test clips choose nothing.
-
-The attention head is AIM's (apple/ml-aim): one learned query, keys and values without bias, several heads, then a
-linear classifier. What a head reads, tokens or their mean, is standardised with the training clips' mean and deviation
-(AIM: a batch norm without parameters). As the query is the same for all clips, it is multiplied into the key matrix
-first, and the value matrix is applied after pooling: the same numbers, for a small part of the work.
+All heads, of every layer, kind, learning rate and weight decay, learn together from one stream of features: each batch
+is read once, and one step of all heads follows. The features are kept (`Features`) or made anew in every epoch
+(`toto.evaluation.streaming`). Rate, decay and layer are chosen on a slice of the training clips; the test clips choose
+nothing, and every point of the grid is told.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
+import tyro
+from jaxtyping import Int64
+from torch import Tensor
 
+from toto.evaluation.heads import POOLS, AttentionHead, AverageHead, Head, Moments, Pool, RunningMoments, StackedHeads
 from toto.runtime.errors import ConfigError
 from toto.runtime.progress import Progress
 from toto.runtime.seed import integer, stream
 
-Pool = Literal["average", "attention"]
-POOLS: tuple[Pool, ...] = ("average", "attention")
+WHERE = "probe data"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """How the heads are trained.
+    """Which heads are trained, and how.
 
     Attributes:
+        layers: that are probed, 0 the embedding's output; by default all.
+        pools: average, attention or both.
         rates: learning rates tried for every layer and head.
+        decays: weight decays of AdamW, tried with every rate.
         epochs: passes over the training features.
         batch: clips in a step.
-        weight_decay: AdamW's.
-        heads: of attention pooling; must divide the feature width.
-        validation: share of the training clips that choose rate and layer.
+        heads: of attention pooling; must divide the feature width. AIM has 12.
+        queries: of attention pooling, whose results are averaged.
+        qkv_bias: a bias on attention pooling's values.
+        classifier_bias: a bias on the classifiers. AIM has none.
+        standardise: take out the mean and deviation of all training clips, found before (`training-set`; a stream
+            runs the trunk once more for it), or of each batch, in the end their running average, as AIM (`running`).
+        validation: share of the training clips that choose rate, decay and layer.
         seed: of the slice, the order and the initial weights.
     """
 
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    layers: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--layers"])] = ()
+    pools: Annotated[tuple[Pool, ...], tyro.conf.arg(aliases=["--pools"])] = POOLS
+    rates: Annotated[tuple[float, ...], tyro.conf.arg(aliases=["--rates"])] = (1e-3, 3e-3, 1e-2)
+    decays: Annotated[tuple[float, ...], tyro.conf.arg(aliases=["--decays"])] = (1e-2,)
     epochs: int = 60
     batch: int = 64
-    weight_decay: float = 1e-2
     heads: int = 4
+    queries: int = 1
+    qkv_bias: bool = False
+    classifier_bias: bool = True
+    standardise: Literal["training-set", "running"] = "training-set"
     validation: float = 0.2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("pools", "rates", "decays"):
+            if not getattr(self, name):
+                raise ConfigError("needs at least one value", where=f"--{name}")
+        for name in ("epochs", "batch", "heads", "queries"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"must be at least 1, is {getattr(self, name)}", where=f"--probe.{name}")
+        if not 0 < self.validation < 1:
+            raise ConfigError(f"must lie between 0 and 1, is {self.validation}", where="--probe.validation")
+
+    @property
+    def settings(self) -> tuple[tuple[float, float], ...]:
+        """Every (rate, decay)."""
+        return tuple(product(self.rates, self.decays))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Features of some clips.
+
+    Attributes:
+        by_layer: layer -> `[clips, tokens, D]`.
+        numbers: which clips they are of, `[clips]`: fewer than were asked for where some can't be read.
+    """
+
+    by_layer: dict[int, Tensor]
+    numbers: Int64[Tensor, " clips"]
+
+
+@runtime_checkable
+class FeatureSource(Protocol):
+    """Labelled clips whose features can be asked for, batch by batch."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Of all clips, `[clips]`."""
+
+    def batches(self, groups: Iterable[Tensor], epoch: int | None) -> Iterator[Batch]:
+        """Features of each group of clips in turn; `epoch` where they are for training, None to measure."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Features of some clips: layer -> `[clips, tokens, D]`, kept in bf16, and their labels `[clips]`."""
+    """Features of some clips, kept: layer -> `[clips, tokens, D]`, in bf16, and their labels `[clips]`."""
 
     by_layer: dict[int, Tensor]
     labels: Int64[Tensor, " clips"]
 
+    def batches(self, groups: Iterable[Tensor], epoch: int | None) -> Iterator[Batch]:
+        """Rows of what is kept; the same in every epoch."""
+        for numbers in groups:
+            yield Batch(
+                by_layer={layer: states[numbers] for layer, states in self.by_layer.items()},
+                numbers=numbers,
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeScore:
-    """One (layer, head) at its chosen rate.
+    """One point of the grid.
 
     Attributes:
         layer: 0 is the embedding's output.
         pool: average or attention.
-        rate: the learning rate chosen on the validation slice.
-        validation: accuracy there.
-        correct: for every test clip whether it was classified right.
+        rate: learning rate.
+        decay: weight decay.
+        validation: accuracy on the slice of the training clips that chooses.
+        correct: for every test clip whether its label is the likeliest class, `[clips]`.
+        among_five: whether it is among the likeliest five.
     """
 
     layer: int
     pool: Pool
     rate: float
+    decay: float
     validation: float
     correct: Tensor
+    among_five: Tensor
 
 
-def train_probes(train: Features, test: Features, *, classes: int, config: ProbeConfig) -> list[ProbeScore]:
-    """Train every head on every layer; returns scores by layer and head.
+def train_probes(train: FeatureSource, test: FeatureSource, *, classes: int, config: ProbeConfig) -> list[ProbeScore]:
+    """Train every head on every layer; returns the whole grid by layer, head, rate and decay.
 
     Raises:
-        ConfigError: a class without a training clip, or too few clips to hold some back.
+        ConfigError: labels beyond the classes, a class without a training clip, nothing to test on, or too few clips
+            to hold some back.
     """
-    absent = sorted(set(range(classes)) - set(train.labels.tolist()))
-    if absent:
-        raise ConfigError(f"classes {absent} have no training clip", where="probe data", fix="add clips or drop them")
-    kept, slice_ = _split(train.labels, config)
-    scores = []
-    layers = list(train.by_layer)
-    with Progress("probing", total=len(layers), unit="layers") as progress:
-        for layer in layers:
-            states = train.by_layer[layer][kept], train.by_layer[layer][slice_], test.by_layer[layer]
-            labels = train.labels[kept], train.labels[slice_], test.labels
-            for pool in POOLS:
-                parts = _standardised(tuple(_pooled(part, pool) for part in states))
-                fit, held, seen = zip(parts, labels, strict=True)
-                scores.append(_best_of_rates(layer, pool, fit, held, seen, classes, config))
-            progress.advance()
-    return scores
+    _check_labels(train.labels, test.labels, classes)
+    kept, held = _split(train.labels, config)
+    probes = Probes(classes=classes, config=config)
+    probes.train(train, kept)
+    validation, seen = probes.verdicts(train, held), probes.verdicts(test, torch.arange(len(test.labels)))
+    return [
+        ProbeScore(
+            layer=layer,
+            pool=pool,
+            rate=rate,
+            decay=decay,
+            validation=float(validation[layer, pool].correct[copy].double().mean()),
+            correct=seen[layer, pool].correct[copy],
+            among_five=seen[layer, pool].among_five[copy],
+        )
+        for layer, pool in probes.heads
+        for copy, (rate, decay) in enumerate(config.settings)
+    ]
 
 
-def chosen(scores: list[ProbeScore], pool: Pool) -> ProbeScore:
-    """The layer with the best validation accuracy; the lowest of equals."""
+def best_by_layer(scores: Sequence[ProbeScore]) -> list[ProbeScore]:
+    """For every (layer, head) the rate and decay with the best validation accuracy; the first of equals."""
+    best: dict[tuple[int, Pool], ProbeScore] = {}
+    for score in scores:
+        known = best.setdefault((score.layer, score.pool), score)
+        if score.validation > known.validation:
+            best[score.layer, score.pool] = score
+    return list(best.values())
+
+
+def chosen(scores: Sequence[ProbeScore], pool: Pool) -> ProbeScore:
+    """The point of the grid with the best validation accuracy; of equals that of the lowest layer."""
     return max((score for score in scores if score.pool == pool), key=lambda score: (score.validation, -score.layer))
 
 
-class AverageHead(nn.Module):
-    """Mean over tokens, then a linear layer."""
+@dataclass(frozen=True, kw_only=True)
+class Verdicts:
+    """Of every copy of a head, for every clip that could be read: `[copies, clips]`."""
 
-    def __init__(self, width: int, classes: int):
-        super().__init__()
-        self.linear = nn.Linear(width, classes)
-
-    def forward(self, tokens: Float[Tensor, "B tokens D"]) -> Float[Tensor, "B classes"]:
-        """Logits of clips."""
-        out: Tensor = self.linear(tokens.mean(dim=1))
-        return out
+    correct: Tensor
+    among_five: Tensor
 
 
-class AttentionHead(nn.Module):
-    """A learned query attends over the tokens with several heads; then a linear layer."""
+@dataclass(kw_only=True)
+class Probes:
+    """All heads of all layers; they are made when the first features show the layers and their widths."""
 
-    def __init__(self, width: int, classes: int, heads: int):
-        super().__init__()
-        if width % heads:
-            raise ConfigError(f"{heads} heads don't divide a feature width of {width}", where="--probe.heads")
-        self.heads, self.head_size = heads, width // heads
-        self.query = nn.Parameter(torch.randn(heads, self.head_size) * 0.02)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.linear = nn.Linear(width, classes)
+    classes: int
+    config: ProbeConfig
+    heads: dict[tuple[int, Pool], StackedHeads] = field(default_factory=dict)
+    moments: dict[tuple[int, Pool], Moments | RunningMoments] = field(default_factory=dict)
+    optimizer: torch.optim.Optimizer | None = None
 
-    def forward(self, tokens: Float[Tensor, "B tokens D"]) -> Float[Tensor, "B classes"]:
-        """Logits of clips."""
-        scores = torch.einsum("btd,hd->bht", tokens, self.folded_query())
-        return self.classify(torch.einsum("bht,btd->bhd", scores.softmax(dim=-1), tokens))
+    def train(self, source: FeatureSource, numbers: Tensor) -> None:
+        """Every head, in every epoch, on these clips of a source; a batch of features serves all.
 
-    def folded_query(self) -> Float[Tensor, "heads D"]:
-        """The query through the key matrix, scaled: its product with a token is the token's score."""
-        keys = self.key.weight.view(self.heads, self.head_size, -1)
-        folded: Tensor = torch.einsum("hk,hkd->hd", self.query, keys) * self.head_size**-0.5
-        return folded
+        A head's randomness depends on the seed, the layer and its kind alone, so all rates and decays begin alike.
+        """
+        config = self.config
+        if config.standardise == "training-set":
+            self._measure(source, numbers)
+        each = len(_groups(numbers, config.batch))
+        with Progress("probing", total=config.epochs * each, unit="batches") as progress:
+            for epoch in range(config.epochs):
+                order = stream(config.seed, "probe order", epoch).permutation(len(numbers))
+                groups = _groups(numbers[torch.from_numpy(order)], config.batch)
+                for place, batch in enumerate(source.batches(groups, epoch)):
+                    if len(batch.numbers):
+                        done = (epoch * each + place) / (config.epochs * each)
+                        self._step(batch, source.labels[batch.numbers], share=(1 + math.cos(math.pi * done)) / 2)
+                    progress.advance()
 
-    def classify(self, pooled: Float[Tensor, "B heads D"]) -> Float[Tensor, "B classes"]:
-        """Logits from the tokens' means under each head's attention."""
-        values = torch.einsum("bhd,hkd->bhk", pooled, self.value.weight.view(self.heads, self.head_size, -1))
-        out: Tensor = self.linear(values.flatten(1))
-        return out
+    @torch.inference_mode()
+    def verdicts(self, source: FeatureSource, numbers: Tensor) -> dict[tuple[int, Pool], Verdicts]:
+        """What all heads say of some clips, in the given order."""
+        parts: dict[tuple[int, Pool], list[Tensor]] = {key: [] for key in self.heads}
+        for batch in source.batches(_groups(numbers, self.config.batch), None):
+            if not len(batch.numbers):
+                continue
+            labels = source.labels[batch.numbers]
+            for layer, states in batch.by_layer.items():
+                tokens = states.float()
+                for pool in self.config.pools:
+                    said = self.heads[layer, pool].logits(tokens, self.moments[layer, pool].standard())
+                    five = said.topk(min(5, self.classes), dim=2).indices.cpu() == labels[:, None]
+                    parts[layer, pool].append(torch.stack([five[..., 0], five.any(dim=2)]))
+        if not any(parts.values()):
+            raise ConfigError("no clip of a split could be read", where=WHERE, fix="look at the files")
+        whole = {key: torch.cat(found, dim=2) for key, found in parts.items()}
+        return {key: Verdicts(correct=found[0], among_five=found[1]) for key, found in whole.items()}
+
+    def _measure(self, source: FeatureSource, numbers: Tensor) -> None:
+        """Mean and deviation of what each head reads, over all training clips."""
+        for batch in source.batches(_groups(numbers, self.config.batch), None):
+            for layer, states in batch.by_layer.items():
+                tokens = states.float()
+                for pool in self.config.pools:
+                    found = self.moments.setdefault((layer, pool), Moments())
+                    assert isinstance(found, Moments)  # nothing else made them
+                    found.add(_read_by(pool, tokens))
+
+    def _step(self, batch: Batch, labels: Tensor, *, share: float) -> None:
+        """One step of all heads at a share of their rates, which fall along half a cosine."""
+        if self.optimizer is None:
+            self._make(batch)
+        assert self.optimizer is not None  # made above
+        for layer, states in batch.by_layer.items():
+            tokens, wanted = states.float(), labels.to(states.device)
+            for pool in self.config.pools:
+                heads, moments = self.heads[layer, pool], self.moments[layer, pool]
+                if isinstance(moments, RunningMoments):
+                    standard = moments.of_batch(_read_by(pool, tokens))
+                else:
+                    standard = moments.standard()
+                logits = heads.logits(tokens, standard)
+                losses = F.cross_entropy(logits.flatten(0, 1), wanted.repeat(heads.copies), reduction="none")
+                losses.view(heads.copies, -1).mean(dim=1).sum().backward()  # type: ignore[no-untyped-call]
+        for group, (rate, _) in zip(self.optimizer.param_groups, self.config.settings, strict=True):
+            group["lr"] = rate * share
+        self.optimizer.step()
+        for heads in self.heads.values():
+            heads.zero_grad()
+
+    def _make(self, batch: Batch) -> None:
+        """The heads for features like these, and their optimizer: a group for every rate and decay."""
+        for (layer, states), pool in product(batch.by_layer.items(), self.config.pools):
+            head = new_head(layer, pool, states.shape[2], self.classes, self.config)
+            copies = len(self.config.settings)
+            self.heads[layer, pool] = StackedHeads(head, copies, device=states.device)
+            self.moments.setdefault((layer, pool), RunningMoments())
+        groups = [
+            {
+                "params": [each for heads in self.heads.values() for each in heads.parameters_of(copy)],
+                "lr": rate,
+                "weight_decay": decay,
+            }
+            for copy, (rate, decay) in enumerate(self.config.settings)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
 
 
-Head = AverageHead | AttentionHead
-
-
-def _best_of_rates(
-    layer: int,
-    pool: Pool,
-    fit: tuple[Tensor, Tensor],
-    held: tuple[Tensor, Tensor],
-    seen: tuple[Tensor, Tensor],
-    classes: int,
-    config: ProbeConfig,
-) -> ProbeScore:
-    """Train one head at every rate, and score the one that is best on the held-back clips."""
-    heads = train_heads(layer, pool, *fit, classes=classes, config=config)
-    accuracies = [float(_correct(head, held, config.batch).double().mean()) for head in heads]
-    best = max(range(len(heads)), key=lambda number: (accuracies[number], -number))
-    return ProbeScore(
-        layer=layer,
-        pool=pool,
-        rate=config.rates[best],
-        validation=accuracies[best],
-        correct=_correct(heads[best], seen, config.batch),
-    )
-
-
-def train_heads(
-    layer: int, pool: Pool, tokens: Tensor, labels: Tensor, *, classes: int, config: ProbeConfig
-) -> list[Head]:
-    """One head for every rate, trained together on standardised tokens; none influences another.
-
-    A head's randomness depends on the seed, the layer and the kind of head alone, so all rates begin alike and see
-    the same batches.
-    """
-    heads = [_new_head(layer, pool, tokens.shape[2], classes, config) for _ in config.rates]
-    groups = [{"params": list(head.parameters()), "lr": rate} for head, rate in zip(heads, config.rates, strict=True)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    steps = config.epochs * -(-len(labels) // config.batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for epoch in range(config.epochs):
-        order = torch.from_numpy(stream(config.seed, "probe order", epoch).permutation(len(labels)))
-        for batch in torch.split(order, config.batch):
-            logits = _logits_of_all(heads, tokens[batch].float())
-            losses = F.cross_entropy(logits.flatten(0, 1), labels[batch].repeat(len(heads)), reduction="none")
-            optimizer.zero_grad()
-            losses.view(len(heads), -1).mean(dim=1).sum().backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-    return heads
-
-
-def _new_head(layer: int, pool: Pool, width: int, classes: int, config: ProbeConfig) -> Head:
+def new_head(layer: int, pool: Pool, width: int, classes: int, config: ProbeConfig) -> Head:
+    """The head of a layer as it is before training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer(config.seed, "probe", layer, pool))
-        return AverageHead(width, classes) if pool == "average" else AttentionHead(width, classes, config.heads)
+        if pool == "average":
+            return AverageHead(width, classes, classifier_bias=config.classifier_bias)
+        return AttentionHead(
+            width,
+            classes,
+            config.heads,
+            queries=config.queries,
+            qkv_bias=config.qkv_bias,
+            classifier_bias=config.classifier_bias,
+        )
 
 
-def _logits_of_all(heads: list[Head], tokens: Float[Tensor, "B tokens D"]) -> Float[Tensor, "rates B classes"]:
-    """Logits of every head, reading the tokens once for all of them."""
-    attention = [head for head in heads if isinstance(head, AttentionHead)]
-    if not attention:
-        return torch.stack([head(tokens) for head in heads])
-    queries = torch.cat([head.folded_query() for head in attention])
-    weights = torch.matmul(tokens, queries.T).softmax(dim=1)
-    pooled = torch.matmul(weights.transpose(1, 2), tokens).chunk(len(attention), dim=1)
-    return torch.stack([head.classify(part) for head, part in zip(attention, pooled, strict=True)])
+def _read_by(pool: Pool, tokens: Tensor) -> Tensor:
+    """What a head standardises, as rows: the tokens, or their mean."""
+    return tokens.mean(dim=1) if pool == "average" else tokens.flatten(0, 1)
 
 
-def _standardised(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Features of several splits, with the mean and deviation of the first one's taken out of all."""
-    mean, deviation = parts[0].float().mean(dim=(0, 1)), parts[0].float().std(dim=(0, 1), correction=0).add(1e-6)
-    return tuple(((part.float() - mean) / deviation).to(part.dtype) for part in parts)
+def _groups(numbers: Tensor, size: int) -> list[Tensor]:
+    """Clips in groups of a size; a last group of one joins the one before, since it has no deviation."""
+    groups = list(torch.split(numbers, size))
+    if len(groups) > 1 and len(groups[-1]) == 1 and size > 1:
+        groups[-2:] = [torch.cat(groups[-2:])]
+    return groups
 
 
-def _pooled(tokens: Tensor, pool: Pool) -> Tensor:
-    """For average pooling the mean over tokens, which never changes and so is taken once."""
-    return tokens.float().mean(dim=1, keepdim=True) if pool == "average" else tokens
-
-
-@torch.inference_mode()
-def _correct(head: nn.Module, clips: tuple[Tensor, Tensor], batch: int) -> Tensor:
-    """For every clip whether the head says its label."""
-    tokens, labels = clips
-    said = [head(part.float()).argmax(dim=1) for part in torch.split(tokens, batch)]
-    return torch.cat(said) == labels
+def _check_labels(train: Tensor, test: Tensor, classes: int) -> None:
+    """Refuse labels that are no class, and splits that can't teach or measure."""
+    for name, labels in (("training", train), ("test", test)):
+        if not len(labels):
+            raise ConfigError(f"there are no {name} clips", where=WHERE, fix="name a split that has some")
+        beyond = labels[(labels < 0) | (labels >= classes)]
+        if len(beyond):
+            what = f"{len(beyond)} {name} labels lie beyond the {classes} classes (the first: {int(beyond[0])})"
+            raise ConfigError(what, where=WHERE, fix="labels count from 0")
+    absent = sorted(set(range(classes)) - set(train.tolist()))
+    if absent:
+        raise ConfigError(f"classes {absent} have no training clip", where=WHERE, fix="add clips or drop them")
 
 
 def _split(labels: Tensor, config: ProbeConfig) -> tuple[Tensor, Tensor]:
@@ -248,5 +345,5 @@ def _split(labels: Tensor, config: ProbeConfig) -> tuple[Tensor, Tensor]:
         held += [members[i] for i in order[:count]]
         kept += [members[i] for i in order[count:]]
     if not kept or len(set(labels.tolist())) > len(set(labels[kept].tolist())):
-        raise ConfigError("a class has a single training clip", where="probe data", fix="give at least two of each")
+        raise ConfigError("a class has a single training clip", where=WHERE, fix="give at least two of each")
     return torch.tensor(sorted(kept)), torch.tensor(sorted(held))

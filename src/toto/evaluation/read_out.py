@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from toto.evaluation.features import TotoBackbone
-from toto.evaluation.labelled import LabelledClips, extract
+from toto.evaluation.feature_cache import CacheConfig, FeatureCache
+from toto.evaluation.features import Backbone
+from toto.evaluation.finetune_config import Augmentation
+from toto.evaluation.labelled import Extracted, LabelledClips, extract
 from toto.evaluation.likelihood import by_part, fit_baselines, measure_bits, spread_windows
 from toto.evaluation.patch_error import measure_errors
-from toto.evaluation.probe import POOLS, ProbeConfig, ProbeScore, chosen, train_probes
-from toto.evaluation.result import Metric, Result, bootstrap
-from toto.media.ledger import in_order_of_severity
+from toto.evaluation.probe import FeatureSource, ProbeConfig, ProbeScore, best_by_layer, chosen, train_probes
+from toto.evaluation.result import Metric, Result, bootstrap, bootstrap_each
+from toto.evaluation.streaming import StreamedFeatures
+from toto.media.ledger import LedgerRow, count_by_status, in_order_of_severity
 from toto.model.causal import CausalModel
 from toto.model.weights import Card, load_card, load_model, weights_sha256
 from toto.runtime.device import Precision, pick_device
@@ -30,32 +34,130 @@ from toto.training.source import SourceConfig, Window
 FAILED = ("short", "corrupt")  # what should have been evaluated and could not
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProbeData:
+    """How the features of a probe come to its heads.
+
+    Attributes:
+        features: `kept` after one pass of the trunk, or `streamed`: the trunk runs in every epoch.
+        augmentation: of streamed training clips; None shows their centre.
+        batch: clips in one pass of the trunk.
+        cache: keep them on disk, for the next time; None keeps them in memory.
+    """
+
+    features: Literal["kept", "streamed"] = "kept"
+    augmentation: Augmentation | None = None
+    batch: int = 8
+    cache: CacheConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.augmentation is not None and self.features == "kept":
+            raise ConfigError("kept features are of one view", where="--augment", fix="add --features streamed")
+        if self.cache is not None and self.features == "streamed":
+            raise ConfigError("streamed features are not kept", where="--cache", fix="leave --features streamed out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSide:
+    """Clips, the source of their features, and what became of them, which is known once all were read."""
+
+    clips: LabelledClips
+    source: FeatureSource
+    ledger: Callable[[], tuple[LedgerRow, ...]]
+
+    @classmethod
+    def kept(cls, clips: LabelledClips, extracted: Extracted) -> ProbeSide:
+        """Of features that are there."""
+        return cls(clips=clips, source=extracted.features, ledger=lambda: extracted.ledger)
+
+    @classmethod
+    def streamed(cls, source: StreamedFeatures) -> ProbeSide:
+        """Of features that are made when they are asked for."""
+        return cls(clips=source.clips, source=source, ledger=source.ledger)
+
+
 def probe(
-    backbone: TotoBackbone,
+    backbone: Backbone,
     train: LabelledClips,
     test: LabelledClips,
     *,
     config: ProbeConfig,
-    checkpoint: str | Path,
-    batch: int = 8,
+    data: ProbeData | None = None,
+    task: str = "probe",
 ) -> Result:
-    """Probe every layer of a checkpoint with both heads; the record names the layer the validation slice chose."""
-    fit, seen = extract(backbone, train, batch=batch), extract(backbone, test, batch=batch)
-    scores = train_probes(fit.features, seen.features, classes=len(train.classes), config=config)
-    denominators = Denominators.of(seen.counts, evaluated=len(seen.features.labels))
-    metrics = {f"{pool}_accuracy": _accuracy(chosen(scores, pool), denominators.failed) for pool in POOLS}
-    counts = np.bincount(seen.features.labels.numpy(), minlength=len(train.classes))
-    metrics["chance"] = Metric(value=1 / len(train.classes))
+    """Probe every layer of a backbone with all heads; the record names the layer the validation slice chose."""
+    how = data or ProbeData()
+    if config.layers:
+        backbone.select(config.layers)
+    if how.features == "kept":
+        cache = None
+        if how.cache is not None:
+            cache = FeatureCache(how.cache, name=backbone.name, identity=backbone.identity())
+        sides = [
+            ProbeSide.kept(clips, extract(backbone, clips, batch=how.batch, cache=cache)) for clips in (train, test)
+        ]
+    else:
+        views = (how.augmentation, None)
+        sides = [
+            ProbeSide.streamed(
+                StreamedFeatures(
+                    backbone=backbone, clips=clips, batch=how.batch, augmentation=augmentation, seed=config.seed
+                )
+            )
+            for clips, augmentation in zip((train, test), views, strict=True)
+        ]
+    return probe_sides(backbone, *sides, config=config, data=how, task=task)
+
+
+def probe_sides(
+    backbone: Backbone, train: ProbeSide, test: ProbeSide, *, config: ProbeConfig, data: ProbeData, task: str = "probe"
+) -> Result:
+    """The same for features that are there, or that somebody makes."""
+    scores = train_probes(train.source, test.source, classes=len(train.clips.classes), config=config)
+    return _probe_record(backbone, scores, train, test, config=config, data=data, task=task)
+
+
+def _probe_record(
+    backbone: Backbone,
+    scores: list[ProbeScore],
+    train: ProbeSide,
+    test: ProbeSide,
+    *,
+    config: ProbeConfig,
+    data: ProbeData,
+    task: str,
+) -> Result:
+    """What the scores say, over what, and how they came about."""
+    rows = {"train": train.ledger(), "test": test.ledger()}
+    counts = {name: count_by_status(each) for name, each in rows.items()}
+    classes = train.clips.classes
+    read = zip(test.clips.labels, rows["test"], strict=False)  # the ledger goes on with what is no clip
+    labels = np.array([label for label, row in read if row.status == "ok"])
+    denominators = Denominators.of(counts["test"], evaluated=len(labels))
+    best = best_by_layer(scores)
+    values = np.stack([score.correct.double().numpy() for score in best], axis=1)
+    accuracies = bootstrap_each(values, failed=denominators.failed)
+    metrics: dict[str, Metric] = {}
+    for pool in config.pools:
+        winner = chosen(scores, pool)
+        metrics[f"{pool}_accuracy"] = accuracies[[score is winner for score in best].index(True)]
+        if len(classes) > 5:
+            metrics[f"{pool}_top5"] = bootstrap(winner.among_five.double().numpy(), failed=denominators.failed)
+    metrics["chance"] = Metric(value=1 / len(classes))
+    of_classes = np.bincount(labels, minlength=len(classes))
     return Result(
-        task="probe",
+        task=task,
         protocol={
-            "train": train.name,
-            "test": test.name,
-            "train_clips": len(fit.features.labels),
-            "classes": list(train.classes),
-            "frames": backbone.frames if test.modality == "video" else 1,
+            "backbone": backbone.name,
+            "train": train.clips.name,
+            "test": test.clips.name,
+            "train_clips": counts["train"].get("ok", 0),
+            "classes": list(classes),
+            "frames": backbone.frames if test.clips.modality == "video" else 1,
             "frame_size": backbone.frame_size,
             "precision": backbone.precision,
+            "features": data.features,
+            "augmentation": None if data.augmentation is None else as_plain(data.augmentation),
             **as_plain(config),
         },
         metrics=metrics,
@@ -63,14 +165,15 @@ def probe(
         evaluated=denominators.evaluated,
         failed=denominators.failed,
         skipped=denominators.skipped,
-        model_sha256=weights_sha256(checkpoint),
-        passport=load_card(checkpoint).passport,
-        ledger={"train": fit.counts, "test": seen.counts},
+        model_sha256=backbone.weights_sha256,
+        passport=backbone.passport,
+        ledger=counts,
         details={
-            "by_layer": [_row(score, denominators.failed) for score in scores],
-            "chosen_layer": {pool: chosen(scores, pool).layer for pool in POOLS},
-            "largest_class": float(counts.max() / counts.sum()),
-            "failures": [as_plain(row) for row in (*fit.unused, *seen.unused)],
+            "by_layer": [_row(score) | _interval(metric) for score, metric in zip(best, accuracies, strict=True)],
+            "grid": [_row(score) for score in scores],
+            "chosen_layer": {pool: chosen(scores, pool).layer for pool in config.pools},
+            "largest_class": float(of_classes.max() / of_classes.sum()),
+            "failures": [as_plain(row) for each in rows.values() for row in each if row.status != "ok"],
         },
     )
 
@@ -252,19 +355,18 @@ class Denominators:
         return cls(offered=offered, evaluated=evaluated, failed=failed, skipped=offered - evaluated - failed)
 
 
-def _accuracy(score: ProbeScore, failed: int) -> Metric:
-    return bootstrap(score.correct.double().numpy(), failed=failed)
-
-
-def _row(score: ProbeScore, failed: int) -> dict[str, Any]:
-    accuracy = _accuracy(score, failed)
+def _row(score: ProbeScore) -> dict[str, Any]:
+    """A point of the grid as the record tells it."""
     return {
         "layer": score.layer,
         "pool": score.pool,
         "rate": score.rate,
+        "decay": score.decay,
         "validation": score.validation,
-        "test": accuracy.value,
-        "low": accuracy.low,
-        "high": accuracy.high,
-        "bound": accuracy.bound,
+        "test": float(score.correct.double().mean()),
+        "top5": float(score.among_five.double().mean()),
     }
+
+
+def _interval(accuracy: Metric) -> dict[str, Any]:
+    return {"low": accuracy.low, "high": accuracy.high, "bound": accuracy.bound}

@@ -16,6 +16,7 @@ from toto.runtime.provenance import as_plain, versions
 
 VERSION = 2
 FIRST = 1  # the oldest version that is still read
+COUNTS_AT_ONCE = 4_000_000  # of a bootstrap, in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +108,26 @@ def bootstrap(
         seed: of the draws.
         draws: how many times the items are drawn again.
     """
+    return bootstrap_each(values[:, None], failed=failed, seed=seed, draws=draws)[0]
+
+
+def bootstrap_each(
+    values: npt.NDArray[np.float64], *, failed: int | None = None, seed: int = 0, draws: int = 2000
+) -> list[Metric]:
+    """`bootstrap` of every column of `[items, columns]`: all columns see the same draws of the items."""
+    items = len(values)
     rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)
-    means = counts @ values / len(values)
-    low, high = np.percentile(means, [2.5, 97.5])
-    bound = None if failed is None else float(values.sum() / (len(values) + failed))
-    return Metric(value=float(values.mean()), low=float(low), high=float(high), bound=bound)
+    at_once = max(1, COUNTS_AT_ONCE // items)
+    parts = [min(at_once, draws - first) for first in range(0, draws, at_once)]
+    uniform = np.full(items, 1 / items)
+    means = np.concatenate([rng.multinomial(items, uniform, size=size) @ values / items for size in parts])
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return [
+        Metric(
+            value=float(column.mean()),
+            low=float(low[number]),
+            high=float(high[number]),
+            bound=None if failed is None else float(column.sum() / (items + failed)),
+        )
+        for number, column in enumerate(values.T)
+    ]

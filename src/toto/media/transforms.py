@@ -15,6 +15,7 @@ from toto.media.limits import MAX_PIXELS
 from toto.runtime.errors import MediaError
 
 Crop = Literal["centre", "random"]
+Filter = Literal["bicubic", "bilinear"]
 RESIZED_AT_ONCE = 16_000_000  # pixels
 
 
@@ -39,12 +40,14 @@ def shortest_side_to(height: int, width: int, size: int) -> tuple[int, int]:
     return max(size, (2 * height * size + width) // (2 * width)), size
 
 
-def resize(frames: UInt8[Tensor, "T H W 3"], height: int, width: int) -> UInt8[Tensor, "T h w 3"]:
-    """Resize by antialiased bicubic interpolation, equal to Pillow's within one level."""
+def resize(
+    frames: UInt8[Tensor, "T H W 3"], height: int, width: int, filter: Filter = "bicubic"
+) -> UInt8[Tensor, "T h w 3"]:
+    """Resize by antialiased interpolation, equal to Pillow's within one level."""
     if frames.shape[1:3] == (height, width):
         return frames
     planes = frames.permute(0, 3, 1, 2)
-    out = F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True)
+    out = F.interpolate(planes, size=(height, width), mode=filter, antialias=True)
     return out.permute(0, 2, 3, 1).contiguous()
 
 
@@ -66,8 +69,10 @@ def apply_crop(frames: UInt8[Tensor, "T H W 3"], box: Box) -> UInt8[Tensor, "T h
     return frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def resized_crop(frames: UInt8[Tensor, "T H W 3"], height: int, width: int, box: Box) -> UInt8[Tensor, "T h w 3"]:
-    """What `apply_crop(resize(frames, height, width), box)` gives, made of a few frames at a time.
+def resized_crop(
+    frames: UInt8[Tensor, "T H W 3"], height: int, width: int, box: Box, filter: Filter = "bicubic"
+) -> UInt8[Tensor, "T h w 3"]:
+    """What `apply_crop(resize(frames, height, width, filter), box)` gives, made of a few frames at a time.
 
     Raises:
         MediaError: resized, a frame is far larger than the crop, as of a picture that is long and narrow.
@@ -76,7 +81,7 @@ def resized_crop(frames: UInt8[Tensor, "T H W 3"], height: int, width: int, box:
         what = f"too long and narrow: {width} x {height} pixels once resized, the limit is {MAX_PIXELS:,}"
         raise MediaError(what, fix="crop it")
     parts = torch.split(frames, max(1, RESIZED_AT_ONCE // (height * width)))
-    crops = [apply_crop(resize(part, height, width), box).contiguous() for part in parts]
+    crops = [apply_crop(resize(part, height, width, filter), box).contiguous() for part in parts]
     return crops[0] if len(crops) == 1 else torch.cat(crops)
 
 

@@ -101,10 +101,21 @@ class CausalModel(nn.Module, ABC):
             cache: what was seen before; it is continued.
 
         Raises:
-            ConfigError: a layer the model has not got, a cache without room, or patches that don't fit.
+            ConfigError: a layer the model has not got, a cache without room, patches that don't fit, or a model whose
+                positions see later ones.
         """
+        self.require_causal()
         x, states, cache = self.trunk(tokens, patches=patches, layers=layers, cache=cache)
         return Output(logits=self.head(self.norm(x)), hidden_states=states, cache=cache)
+
+    def require_causal(self) -> None:
+        """Refuse to predict where positions see later ones."""
+        if not self.config.causal:
+            raise ConfigError(
+                "was fine-tuned with full attention, so it predicts nothing",
+                where="model",
+                fix="use `toto predict`, or a model that was not",
+            )
 
     def wanted(self, layers: Sequence[int]) -> set[int]:
         """The asked layers; those the model has not got are refused."""

@@ -48,6 +48,11 @@ class BackboneConfig:
         return None
 
     @property
+    def causal(self) -> bool:
+        """Whether a position sees none after it, as one must that predicts the next."""
+        return True
+
+    @property
     def vocabulary(self) -> int:
         """`vocab_size`, which must be known by now."""
         if self.vocab_size is None:
@@ -91,6 +96,8 @@ class ModelConfig(BackboneConfig):
         inputs: what the model sees at visual positions: the tokens' ids, or the patches of pixels they were made from.
         targets: what it predicts: the next code, or the next patch, normalised (patch inputs only).
         patch_values: P, numbers in a patch (side x side x 3); None takes it from the training data.
+        attention: whether a position sees those up to it, or all of them. All is for classifiers that were fine-tuned
+            so; such a model predicts nothing.
     """
 
     heads: int
@@ -102,6 +109,7 @@ class ModelConfig(BackboneConfig):
     inputs: Literal["tokens", "patches"] = "tokens"
     targets: Literal["codes", "pixels"] = "codes"
     patch_values: int | None = None
+    attention: Literal["causal", "full"] = "causal"
 
     def __post_init__(self) -> None:
         self.require_positive("width", "layers", "heads", "mlp_hidden")
@@ -131,6 +139,11 @@ class ModelConfig(BackboneConfig):
     def kind(self) -> str:
         """The architecture's name in `config.json`."""
         return "toto"
+
+    @property
+    def causal(self) -> bool:
+        """Whether a position sees none after it."""
+        return self.attention == "causal"
 
     @property
     def head_size(self) -> int:

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from toto.model.blockwise import attends_in_blocks, blockwise_attention
 from toto.model.cache import KeyValueCache
 from toto.model.config import ModelConfig
+from toto.model.fused import normed, swiglu
 from toto.model.parametrisation import parametrisation
 
 
@@ -34,16 +36,21 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.layer = config.heads, layer
         self.scale = parametrisation(config).attention_scale(config)
+        self.causal = config.causal
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Float[Tensor, "B S D"], angles: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
         """Attend to the same and earlier positions, those in the cache included."""
         B, S, D = x.shape
-        q, k, v = self.qkv(x).view(B, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x)
+        if cache is None and self.causal and attends_in_blocks(qkv):
+            out: Tensor = self.out(blockwise_attention(qkv, angles, self.heads, self.scale))
+            return out
+        q, k, v = qkv.view(B, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is None:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=self.scale)
         else:
             k, v = cache.written(self.layer, k.to(cache.keys.dtype), v.to(cache.values.dtype))
             q = q.to(k.dtype)
@@ -62,8 +69,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         """Each position by itself."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(F.silu(gate) * up)
+        out: Tensor = self.down(swiglu(self.gate_up(x)))
         return out
 
 
@@ -79,8 +85,8 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "B S D"], angles: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
         """One layer of the residual stream."""
-        x = x + self.attention(self.attention_norm(x), angles, cache)
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention(normed(x, self.attention_norm), angles, cache)
+        out: Tensor = x + self.mlp(normed(x, self.mlp_norm))
         return out
 
 

@@ -200,6 +200,8 @@ def _tied(config: ModelConfig) -> bool:
 
 
 def _require_llama(config: ModelConfig) -> None:
+    if not config.causal:
+        raise ConfigError("a model with full attention is no Llama", where="--to hf", fix="export it with --to toto")
     if config.inputs != "tokens" or config.targets != "codes":
         raise ConfigError(
             f"a model that takes {config.inputs} and predicts {config.targets} is no Llama",

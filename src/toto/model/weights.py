@@ -51,14 +51,14 @@ class Card:
 
 def save_model(folder: Path, model: CausalModel, card: Card) -> None:
     """Write a model into a folder that exists; the caller makes the folder atomic."""
-    config = {
-        "format": FORMAT,
-        "version": VERSION,
-        "architecture": described(model.config),
-        **dataclasses.asdict(card),
-    }
-    write_tensors(folder, _weights(model))
-    write_json(folder / CONFIG_FILE, config)
+    save_weights(folder, _weights(model), model.config, card)
+
+
+def save_weights(folder: Path, weights: dict[str, torch.Tensor], config: BackboneConfig, card: Card) -> None:
+    """Write weights, a tied one once, and what they are of, as `save_model` does of a model."""
+    known = {"format": FORMAT, "version": VERSION, "architecture": described(config), **dataclasses.asdict(card)}
+    write_tensors(folder, weights)
+    write_json(folder / CONFIG_FILE, known)
 
 
 def save_llama(

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import entry_points
 
+from toto.evaluation.finetune_config import FinetuneConfig
 from toto.model.config import SCALING
-from toto.recipes import baselines, pretraining, tokenizer
+from toto.recipes import baselines, continuing, pretraining, recognition, studies, tokenizer
+from toto.recipes.studies import ResolutionStudy
 from toto.runtime.errors import ConfigError
 from toto.training.config import TrainConfig
 from toto.training.tokenizer import TokenizerTrainConfig
@@ -33,6 +35,28 @@ PRETRAINING: dict[str, Callable[[], TrainConfig]] = {
     "table6-nano-toto": baselines.table6_nano_toto,
     "table6-nano-gpt2": baselines.table6_nano_gpt2,
     "table6-nano-mamba": baselines.table6_nano_mamba,
+    "base-32": continuing.base_32,
+    "large-32": continuing.large_32,
+    "1b-32": continuing.one_b_32,
+    "nano-32": continuing.nano_32,
+}
+
+RECOGNITION: dict[str, Callable[[], FinetuneConfig]] = {
+    "imagenet": recognition.imagenet,
+    "imagenet-full": recognition.imagenet_full,
+    "kinetics": recognition.kinetics,
+    "kinetics-mlp": recognition.kinetics_mlp,
+    "frozen-average": recognition.frozen_average,
+    "frozen-attention": recognition.frozen_attention,
+    "images-small": recognition.images_small,
+    "images-small-full": recognition.images_small_full,
+    "images-small-frozen": recognition.images_small_frozen,
+    "clips-small": recognition.clips_small,
+}
+
+STUDIES: dict[str, Callable[[], ResolutionStudy]] = {
+    "table4": studies.table4,
+    "table4-small": studies.table4_small,
 }
 
 TOKENIZERS: dict[str, Callable[[], TokenizerTrainConfig]] = {

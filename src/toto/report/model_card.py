@@ -22,6 +22,8 @@ from toto.tokens.shards import LEDGER, MANIFEST
 PAPER: Final = "https://arxiv.org/abs/2501.05453"
 Form = Literal["hf", "toto"]
 
+NOT_SHOWN = ("data", "ancestors", "watch", "guard")  # what is shown otherwise, or is there to go on from
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
@@ -149,7 +151,12 @@ def _tokens(facts: ModelFacts) -> str:
 
 
 def _training(facts: ModelFacts) -> str:
-    rows = [(name, value) for name, value in facts.card.training.items() if name != "data"]
+    training = facts.card.training
+    rows = [(name, value) for name, value in training.items() if name not in NOT_SHOWN]
+    before = [
+        f"{each['name']} (step {each['step']:,}, weights {each['weights_sha256'][:12]})" for each in _before(training)
+    ]
+    rows += [("began with the weights of", ", which began with ".join(reversed(before)))] if before else []
     parts = ["## Training\n", _table(("", ""), rows) if rows else "Not recorded."]
     if facts.data:
         cells = [
@@ -161,6 +168,11 @@ def _training(facts: ModelFacts) -> str:
         return "\n".join([*parts, "\nThe recipe is not at hand.\n"])
     text = json.dumps(facts.recipe, indent=2)
     return "\n".join([*parts, f"\nRecipe:\n\n```json\n{text}\n```\n"])
+
+
+def _before(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models whose weights this one began with, the oldest first."""
+    return list(training.get("ancestors", []))
 
 
 def _results(facts: ModelFacts) -> str:

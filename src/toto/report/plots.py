@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from toto.evaluation.result import Result
+from toto.runtime.files import written_aside
 
 INK, FAINT = "#1d2733", "#c9d1da"
 MODEL, UNIGRAM, COPY = "#1f6fd1", "#8b95a1", "#e0752d"
+PLOTTED = (".svg", ".png")
 POOL_COLOURS = {"average": "#3a9d7c", "attention": "#7a4fc4"}
 
 
@@ -21,7 +24,7 @@ def loss_curve(rows: Sequence[dict[str, float]], bits: Result) -> str:
     points = [(row["step"], row[name]) for row in rows if name in row]
     train = [(row["step"], row["train/loss"] / 0.6931471805599453) for row in rows if "train/loss" in row]
     figure, axes = new_figure("Training: bits per token", "step", "bits")
-    axes.plot(*zip(*_smoothed(train), strict=True), color=FAINT, linewidth=1.2, label="training loss, all tokens")
+    axes.plot(*zip(*smoothed(train), strict=True), color=FAINT, linewidth=1.2, label="training loss, all tokens")
     axes.plot(*zip(*points, strict=True), color=MODEL, marker="o", markersize=3, label="model, held-out, later frames")
     for label, colour in (("unigram", UNIGRAM), ("copy", COPY)):
         level = bits.metrics[f"{label}_bits_later_frames"].value
@@ -42,24 +45,30 @@ def bits_by_frame(bits: Result) -> str:
 
 
 def probe_by_layer(probe: Result, title: str) -> str:
-    """Probe accuracy by layer with intervals, the chosen layers marked, and the chance level."""
+    """Probe accuracy by layer with intervals, the chosen layers marked, and the chance level (Figure 4)."""
+    return as_svg(probe_figure(probe, title))
+
+
+def write_probe_plot(path: Path, probe: Result) -> None:
+    """The same as a file, SVG or PNG by its ending."""
+    figure = probe_figure(probe, f"Probes of {probe.protocol['backbone']}")
+    with written_aside(path) as aside:
+        figure.savefig(aside, format=path.suffix[1:], dpi=200, facecolor="white")
+
+
+def probe_figure(probe: Result, title: str) -> Figure:
+    """The figure of `probe_by_layer`."""
     figure, axes = new_figure(title, "layer (0: embedding)", "test accuracy, %")
-    for pool, colour in POOL_COLOURS.items():
-        rows = [row for row in probe.details["by_layer"] if row["pool"] == pool]
+    for pool, chosen in probe.details["chosen_layer"].items():
+        colour = POOL_COLOURS[pool]
+        rows = sorted((row for row in probe.details["by_layer"] if row["pool"] == pool), key=lambda row: row["layer"])
         layers = [row["layer"] for row in rows]
-        axes.fill_between(
-            layers,
-            [100 * row["low"] for row in rows],
-            [100 * row["high"] for row in rows],
-            color=colour,
-            alpha=0.15,
-            lw=0,
-        )
-        axes.plot(
-            layers, [100 * row["test"] for row in rows], color=colour, marker="o", markersize=4, label=f"{pool} pool"
-        )
-        best = next(row for row in rows if row["layer"] == probe.details["chosen_layer"][pool])
-        axes.plot(best["layer"], 100 * best["test"], marker="o", markersize=10, mfc="none", color=colour)
+        low, high = ([100 * row[end] for row in rows] for end in ("low", "high"))
+        axes.fill_between(layers, low, high, color=colour, alpha=0.15, lw=0)
+        tests = [100 * row["test"] for row in rows]
+        axes.plot(layers, tests, color=colour, marker="o", markersize=4, label=f"{pool} pool")
+        best = tests[layers.index(chosen)]
+        axes.plot(chosen, best, marker="o", markersize=10, mfc="none", color=colour)
     chance = 100 * probe.metrics["chance"].value
     axes.axhline(chance, color=UNIGRAM, linestyle="--", linewidth=1.2, label=f"chance: {chance:.1f}")
     largest = 100 * probe.details["largest_class"]
@@ -68,13 +77,19 @@ def probe_by_layer(probe: Result, title: str) -> str:
     axes.set_ylim(0, 100)
     axes.set_xticks(sorted({row["layer"] for row in probe.details["by_layer"]}))
     add_legend(axes)
-    return as_svg(figure)
+    return figure
 
 
 def new_figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     """A small figure in the style of all plots, with its axes."""
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     axes = figure.subplots()
+    style(axes, title, x, y)
+    return figure, axes
+
+
+def style(axes: Axes, title: str, x: str, y: str) -> None:
+    """Give axes the style of all plots."""
     axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
     axes.set_xlabel(x, fontsize=9, color=INK)
     axes.set_ylabel(y, fontsize=9, color=INK)
@@ -82,7 +97,6 @@ def new_figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     axes.grid(axis="y", color=FAINT, linewidth=0.5, alpha=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    return figure, axes
 
 
 def add_legend(axes: Axes) -> None:
@@ -90,7 +104,7 @@ def add_legend(axes: Axes) -> None:
     axes.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.85)
 
 
-def _smoothed(points: list[tuple[float, float]], most: int = 80) -> list[tuple[float, float]]:
+def smoothed(points: list[tuple[float, float]], most: int = 80) -> list[tuple[float, float]]:
     """Means over runs of neighbouring points, so that at most `most` are drawn."""
     width = max(1, len(points) // most)
     groups = [points[first : first + width] for first in range(0, len(points), width)]

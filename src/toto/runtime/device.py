@@ -48,6 +48,14 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return contextlib.nullcontext()
 
 
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The precision in which matrix products of a tensor run here: autocast's where it is on, or its own."""
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
 def peak_memory(device: torch.device) -> int:
     """The most bytes that tensors had on a GPU, or this process had in memory, so far."""
     if device.type == "cuda":

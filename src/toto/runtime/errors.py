@@ -74,5 +74,13 @@ class NonFiniteLossError(TotoError):
     """The loss became infinite or not a number."""
 
 
+class DivergedError(TotoError):
+    """The loss is a number still, and stays far above what it was."""
+
+
+class RankError(TotoError):
+    """Another process of the same job has gone."""
+
+
 class InterruptedRunError(TotoError):
     """SIGINT or SIGTERM arrived and everything was saved before leaving."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -17,7 +18,28 @@ import torch
 from toto.runtime.device import use_bf16
 from toto.runtime.errors import ConfigError
 
-MEASURED_SIZE, MEASURED_SECONDS = 1024, 0.5  # of a square matrix product, and how long it is repeated
+MEASURED_SIZE, MEASURED_SECONDS = 2048, 0.5  # of a square matrix product, and how long it is repeated
+GPUS = (  # by words of the name: dense FLOP/s in bf16 (0 where there are no products in bf16) and fp32, by data sheets
+    ("H100 PCIe", 756e12, 51e12),
+    ("H100 NVL", 835e12, 60e12),
+    ("H100", 989e12, 67e12),
+    ("H200", 989e12, 67e12),
+    ("GH200", 989e12, 67e12),
+    ("B200", 2250e12, 75e12),
+    ("A100", 312e12, 19.5e12),
+    ("A800", 312e12, 19.5e12),
+    ("A10G", 70e12, 35e12),
+    ("A10", 125e12, 31.2e12),
+    ("A40", 149.7e12, 37.4e12),
+    ("RTX A6000", 154.8e12, 38.7e12),
+    ("L40S", 362e12, 91.6e12),
+    ("L40", 181e12, 90.5e12),
+    ("L4", 121e12, 30.3e12),
+    ("RTX 4090", 165.2e12, 82.6e12),
+    ("RTX 3090", 71e12, 35.6e12),
+    ("V100", 0.0, 15.7e12),
+    ("T4", 0.0, 8.1e12),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +170,36 @@ def measured() -> Machine:
     )
 
 
+def peak_of(device: torch.device, *, bf16: bool) -> float | None:
+    """FLOP/s of a device's dense matrix products, against which a step's utilisation is counted.
+
+    Of a GPU by its name, None where the name is unknown or there are no such products. Of the CPU as measured once in
+    this process, with its number of threads, in half a second: its own large product, not a figure of its maker.
+    """
+    if device.type == "cuda":
+        return gpu_peak(torch.cuda.get_device_name(device), bf16=bf16)
+    if device.type == "cpu":
+        return _cpu_peak(torch.bfloat16 if bf16 else torch.float32, torch.get_num_threads())
+    return None
+
+
+def gpu_peak(name: str, *, bf16: bool) -> float | None:
+    """FLOP/s of a GPU by the name that its driver gives it; the first entry of `GPUS` whose words it has counts."""
+    words = name.replace("-", " ").split()
+    for known, in_bf16, in_fp32 in GPUS:
+        if set(known.split()) <= set(words):
+            return (in_bf16 if bf16 else in_fp32) or None
+    return None
+
+
+@functools.cache
+def _cpu_peak(dtype: torch.dtype, threads: int) -> float:
+    return _product_rate(dtype, torch.device("cpu"))
+
+
 def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of the fastest of several matrix products."""
-    size = MEASURED_SIZE * (8 if device.type == "cuda" else 1)
+    size = MEASURED_SIZE * (4 if device.type == "cuda" else 1)
     left = torch.randn(size, size, device=device).to(dtype)
     best, until = float("inf"), time.perf_counter() + MEASURED_SECONDS
     while time.perf_counter() < until or best == float("inf"):

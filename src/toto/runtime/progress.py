@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -11,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 LINE_EVERY_SECONDS = 15.0
+_silent = False  # in all but the first of several processes
 
 
 class Progress:
@@ -29,7 +32,7 @@ class Progress:
         self.note = ""
         self._began = self._last_line = time.monotonic()
         self._bar: RichProgress | None = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _silent:
             self._bar = RichProgress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -79,8 +82,20 @@ class Progress:
 
 def say(line: str) -> None:
     """Tell the person who waits something, beside the output."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    if not _silent:
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def only_first_speaks(*, first: bool) -> Iterator[None]:
+    """Within the block, a process that isn't the first of its job shows no progress."""
+    global _silent
+    _silent = not first
+    try:
+        yield
+    finally:
+        _silent = False
 
 
 def duration(seconds: float) -> str:

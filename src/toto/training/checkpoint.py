@@ -11,25 +11,34 @@ import contextlib
 import io
 import pickle
 import shutil
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from toto.model.causal import CausalModel
-from toto.model.weights import Card, checkpoints, load_card, save_model
+from toto.model.config import BackboneConfig
+from toto.model.weights import Card, checkpoints, load_card, save_weights
 from toto.runtime.errors import CheckpointError, StoreError
-from toto.runtime.files import folder_written_aside, read_json, sha256_of, write_json
+from toto.runtime.files import folder_written_aside, read_json, sha256_of, write_json, writing
 from toto.runtime.progress import say
+from toto.runtime.ranks import Ranks
 
 TRAINER, CHECKSUMS = "trainer", "checksums.json"
+LAST_WAIT = 5.0  # seconds
 ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -49,39 +58,153 @@ ALLOWED = {
 }
 
 
-def save_checkpoint(
-    run: Path,
-    model: CausalModel,
-    optimizer: torch.optim.Optimizer,
-    card: Card,
-    *,
-    step: int,
-    keep: int,
-    keep_every: int = 0,
-) -> Path:
-    """Save after `step` finished steps, then delete checkpoints that are not to be kept.
+class Saver:
+    """Saves checkpoints of a run beside training: what is to be saved is copied at once, and written by a thread.
 
     Args:
         run: the run's folder.
-        model: to be saved.
-        optimizer: likewise.
-        card: what the model was trained on.
-        step: finished steps.
-        keep: this many stay, the newest ones.
+        ranks: the processes of the job; each writes its own part.
+        keep: this many checkpoints stay, the newest ones.
         keep_every: so do those of every so many steps; 0 for none.
+        background: go on training while a checkpoint is written, for a copy of weights and moments in memory; without,
+            `save` returns when it lies there.
+        last: the step whose checkpoint lies there already.
     """
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    if not folder.exists():
-        with folder_written_aside(folder) as aside:
-            save_model(aside, model, card)
-            with _quiet():
-                save(_state(model, optimizer), checkpoint_id=str(aside / TRAINER), no_dist=True)
-            files = sorted(path for path in aside.rglob("*") if path.is_file())
-            write_json(aside / CHECKSUMS, {path.relative_to(aside).as_posix(): sha256_of(path) for path in files})
-    for old in checkpoints(run)[:-keep]:
-        if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
-            shutil.rmtree(old)
-    return folder
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        ranks: Ranks | None = None,
+        keep: int = 1,
+        keep_every: int = 0,
+        background: bool = True,
+        last: int | None = None,
+    ):
+        self._run, self._ranks, self._background = run, ranks or Ranks(), background
+        self._keep, self._keep_every = keep, keep_every
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._last = last
+
+    def save(self, model: CausalModel, optimizer: torch.optim.Optimizer, card: Card, *, step: int) -> None:
+        """Save after `step` finished steps; what is being saved is finished first, and nothing is saved twice."""
+        if step == self._last:
+            return
+        self.wait()
+        weights = whole_weights_of(model) if self._ranks.world > 1 else None
+        state = _state(model, optimizer)
+        if self._background:
+            state = _copied(state)
+        if weights is None:
+            weights = {name: weight for name, weight in state["model"].items() if isinstance(weight, Tensor)}
+        self._last = step
+        write = partial(self._write, state, weights, model.config, card, step)
+        if not self._background:
+            write()
+            return
+        self._thread = threading.Thread(target=self._guarded, args=(write,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what went wrong while a checkpoint was being written."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Wait until what is being saved lies there.
+
+        Raises:
+            StorageError: it can't be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def close(self) -> None:
+        """Let what is being saved be finished, whatever comes of it; of several processes, as far as others answer."""
+        if self._thread is not None:
+            self._thread.join(None if self._ranks.world == 1 else LAST_WAIT)
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except BaseException as error:
+            self._error = error
+
+    def _write(
+        self, state: dict[str, Any], weights: dict[str, Tensor], config: BackboneConfig, card: Card, step: int
+    ) -> None:
+        """Write a checkpoint aside, rename it, and delete those that are not to be kept."""
+        folder, together = self._run / "checkpoints" / f"step-{step:08d}", self._ranks.beside
+        if together is None:
+            with folder_written_aside(folder) as aside:
+                save_weights(aside, weights, config, card)
+                with _quiet():
+                    save(state, checkpoint_id=str(aside / TRAINER), no_dist=True)
+                _write_checksums(aside, sorted(path for path in aside.rglob("*") if path.is_file()), {})
+            self._delete_old()
+            return
+        told: list[Any] = [None]
+        with folder_written_aside(folder) if self._ranks.first else contextlib.nullcontext() as opened:
+            told[0] = opened
+            dist.broadcast_object_list(told, src=0, group=together)
+            aside = told[0]
+            with writing(folder):
+                save(state, checkpoint_id=str(aside / TRAINER), process_group=together)
+            mine = sorted((aside / TRAINER).glob(f"__{self._ranks.rank}_*"))
+            hashes: list[Any] | None = [None] * self._ranks.world if self._ranks.first else None
+            dist.gather_object(_hashes(aside, mine), hashes, dst=0, group=together)
+            if hashes is not None:
+                save_weights(aside, weights, config, card)
+                known = {name: sha256 for part in hashes for name, sha256 in part.items()}
+                others = sorted(path for path in aside.rglob("*") if path.is_file())
+                _write_checksums(aside, [path for path in others if _name(aside, path) not in known], known)
+        if self._ranks.first:
+            self._delete_old()
+        dist.barrier(group=together)  # it lies there when anybody says so
+
+    def _delete_old(self) -> None:
+        for old in checkpoints(self._run)[: -self._keep]:
+            if not self._keep_every or int(old.name.removeprefix("step-")) % self._keep_every:
+                shutil.rmtree(old)
+
+
+def _write_checksums(aside: Path, files: list[Path], known: dict[str, str]) -> None:
+    write_json(aside / CHECKSUMS, dict(sorted((_hashes(aside, files) | known).items())))
+
+
+def _hashes(folder: Path, files: list[Path]) -> dict[str, str]:
+    return {_name(folder, path): sha256_of(path) for path in files}
+
+
+def _name(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def whole_weights_of(model: CausalModel) -> dict[str, Tensor]:
+    """The weights of a model that is laid over several processes, gathered; all of them call this."""
+    return {
+        name: weight.full_tensor().cpu() if isinstance(weight, DTensor) else weight
+        for name, weight in model.named_parameters()
+    }
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy in the host's memory of all tensors of this process."""
+    stager = DefaultStager(
+        StagingOptions(
+            use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+        )
+    )
+    try:
+        copied = stager.stage(state)
+    finally:
+        stager.close()
+    assert isinstance(copied, dict)
+    return copied
 
 
 def newest_whole_checkpoint(run: Path) -> Path | None:
@@ -131,8 +254,12 @@ def require_whole(folder: Path) -> None:
         raise CheckpointError(f"damaged or missing: {', '.join(odd)}", where=folder, fix="restore it")
 
 
-def restore_checkpoint(folder: Path, model: CausalModel, optimizer: torch.optim.Optimizer) -> Card:
+def restore_checkpoint(
+    folder: Path, model: CausalModel, optimizer: torch.optim.Optimizer, *, ranks: Ranks | None = None
+) -> Card:
     """Load weights and optimizer state in place; returns the checkpoint's card.
+
+    Any number of processes reads what any other number has written.
 
     Raises:
         CheckpointError: it is damaged, or of another architecture.
@@ -141,7 +268,8 @@ def restore_checkpoint(folder: Path, model: CausalModel, optimizer: torch.optim.
     state = _state(model, optimizer)
     try:
         with _quiet():
-            load(state, storage_reader=_SafeReader(str(folder / TRAINER)), no_dist=True)
+            alone = ranks is None or ranks.world == 1
+            load(state, storage_reader=_SafeReader(str(folder / TRAINER)), no_dist=alone)
     except (
         CheckpointException,
         OSError,

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from toto.model.config import BackboneConfig
 from toto.runtime.device import Precision
 from toto.runtime.errors import ConfigError
+from toto.training.guard import GuardConfig
 from toto.training.mixture import MixtureChange
 from toto.training.optimizer import OptimizerConfig
+from toto.training.parallel import ParallelConfig
 from toto.training.source import SourceConfig, Views
 
 
@@ -80,6 +82,7 @@ class TrainConfig:
         data: what is trained on.
         model: the architecture; its vocabulary and patch values come from the data.
         optimizer: AdamW and its schedule.
+        guard: what is said of spikes, and when a run that has diverged is stopped.
         init: start from this checkpoint's weights (a checkpoint or run folder, or a hub id); the step count, the
             optimizer and the order begin anew. Its sequences may have been shorter, its rope_base another.
         steps: optimizer steps.
@@ -88,10 +91,13 @@ class TrainConfig:
         seed: of the initial weights and of the data's order.
         precision: auto, bf16 (matrix products in bfloat16, weights in fp32) or fp32.
         device: auto, cpu, cuda, cuda:1, ...
+        parallel: the layout over several processes, which `torchrun` starts, and what a step keeps in memory.
         log_every: steps between rows of metrics.jsonl.
         eval_every: steps between evaluations on the held-out sequences.
         eval_sequences: at most this many of each held-out source, spread evenly over it.
         save_every: steps between checkpoints.
+        save_in_background: train on while a checkpoint is written, for a copy of weights and moments (12 bytes a
+            weight) in memory.
         keep: how many checkpoints are kept, the newest ones.
         keep_every: beside them, the checkpoints of every so many steps are kept; 0 for none.
     """
@@ -99,6 +105,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: BackboneConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     init: str | None = None
     steps: int
     batch: int
@@ -106,10 +113,12 @@ class TrainConfig:
     seed: int = 0
     precision: Precision = "auto"
     device: str = "auto"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log_every: int = 10
     eval_every: int = 1000
     eval_sequences: int = 64
     save_every: int = 1000
+    save_in_background: bool = True
     keep: int = 2
     keep_every: int = 0
 
@@ -129,6 +138,10 @@ class TrainConfig:
         if self.keep_every < 0 or self.keep_every % self.save_every:
             raise ConfigError(
                 f"must be a multiple of --save-every {self.save_every}, is {self.keep_every}", where="--keep-every"
+            )
+        if not self.model.causal:
+            raise ConfigError(
+                "full attention would see what it is to predict", where="--model.attention", fix="leave it out"
             )
         if self.batch % self.micro_batch:
             raise ConfigError(

@@ -2,52 +2,69 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from toto.model.architectures import build, config_class, described
+from toto.model.architectures import build
 from toto.model.budget import parameter_line
-from toto.model.budget.flops import training_flops
+from toto.model.budget.baselines import baseline_flops
+from toto.model.budget.flops import positions_of, training_flops
 from toto.model.causal import CausalModel
 from toto.model.config import ModelConfig, with_patch_values, with_vocabulary
-from toto.model.weights import Card, load_card, load_config, load_model, newest_checkpoint
-from toto.runtime.device import autocast, peak_memory, pick_device
+from toto.model.weights import Card, load_card, load_config, newest_checkpoint
+from toto.runtime.device import autocast, peak_memory, pick_device, use_bf16
 from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
-from toto.runtime.files import read_json, remove_leftovers, write_json
+from toto.runtime.files import remove_leftovers, write_json
 from toto.runtime.interrupt import StopRequest, stop_on_signal
+from toto.runtime.machine import peak_of
 from toto.runtime.metrics import Metrics
 from toto.runtime.places import sha256_at
 from toto.runtime.progress import Progress, say
-from toto.runtime.provenance import ANOTHER, RECORD, as_plain, write_provenance
+from toto.runtime.provenance import as_plain
+from toto.runtime.ranks import Ranks, joined_ranks
+from toto.runtime.wandb_sink import WandbConfig
 from toto.runtime.workers import StoppedError
 from toto.tokens.online import Encoders
-from toto.tokens.passport import Passport
 from toto.tokens.patches import patch_values
 from toto.tokens.sequence import sequence_length, sequence_vocabulary
 from toto.tokens.shards import MANIFEST
-from toto.training.checkpoint import newest_whole_checkpoint, restore_checkpoint, save_checkpoint
-from toto.training.config import DataConfig, TrainConfig
+from toto.training.checkpoint import Saver, newest_whole_checkpoint, restore_checkpoint
+from toto.training.config import TrainConfig
+from toto.training.continuing import ancestors_of, start_from, write_continued
+from toto.training.guard import Guard
 from toto.training.mixture import Batch, Mixture, describe
-from toto.training.objective import next_token_loss
-from toto.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from toto.training.optimizer import (
+    clipped_step,
+    gradient_norm,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
+from toto.training.parallel import laid_out, last_of_step, whole_weights
 from toto.training.prefetch import ReadAhead
+from toto.training.record import drawn_from, record, record_new_mixture, require_same_run
+from toto.training.watch import LossWatch
 
 Evaluate = Callable[[CausalModel], dict[str, float]]
-FREE_TO_CHANGE = ("device", "keep", "keep_every", "log_every", "save_every", "eval_every", "eval_sequences")
-FREE_DATA = ("heldout", "checks", "schedule", "workers")  # of the data; the schedule is compared by itself
+LEAVE_AFTER = 25.0  # seconds; torchrun kills five later
 
 
-def train(config: TrainConfig, out: Path, *, evaluate: Evaluate | None = None, resume: bool = False) -> Path:
+def train(
+    config: TrainConfig,
+    out: Path,
+    *,
+    evaluate: Evaluate | None = None,
+    resume: bool = False,
+    wandb: WandbConfig | None = None,
+) -> Path:
     """Pre-train a model into a run folder; returns its last checkpoint.
 
     Args:
@@ -55,43 +72,52 @@ def train(config: TrainConfig, out: Path, *, evaluate: Evaluate | None = None, r
         out: the run's folder: `made.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`.
         evaluate: called with the model every `eval_every` steps and at the end; its numbers are logged.
         resume: continue the run that the folder holds, from its newest checkpoint.
+        wandb: show its metrics there, too.
 
     Raises:
         ConfigError: the data doesn't fit the model, or the folder holds a run and `resume` is not set.
         NonFiniteLossError: the loss is no longer a number; says where and what to do.
         InterruptedRunError: a signal arrived; everything is saved and `resume` continues.
     """
-    run = _prepare(config, out, resume)
+    with joined_ranks(device=config.device, timeout=config.parallel.timeout) as ranks:
+        run = _prepare(replace(config, device=ranks.device(config.device)), out, resume, ranks, wandb)
+        return _train(run, evaluate)
+
+
+def _train(run: _Run, evaluate: Evaluate | None) -> Path:
+    """`train`, in one of the processes of its job."""
+    config, ranks = run.config, run.ranks
     with (
+        closing(run.saver),
         closing(run.ahead),
         closing(run.mixture),  # first, so that nobody waits for what is being encoded
-        stop_on_signal() as stop,
+        stop_on_signal(leave_after=LEAVE_AFTER if ranks.world > 1 else None) as stop,
         Progress("training", total=config.steps, unit="steps", done=run.step) as progress,
     ):
         while run.step < config.steps:
             began = time.perf_counter()
             try:
-                loss, norm = _step(run)
+                loss, norm, stopping = _step(run, stop)
             except StoppedError:  # a signal to the whole group of processes reaches those that encode too
-                if not stop:
+                if not stop or ranks.world > 1:  # one of several processes can't save alone
                     raise
-                run.save()
                 raise _interrupted(run, stop) from None
+            run.saver.check()
             if run.step % config.log_every == 0 or run.step == config.steps:
                 _log(run, loss, norm, time.perf_counter() - began)
             progress.advance(
                 note=f"loss {loss:.3f}, {run.tokens_in_step / (time.perf_counter() - began):,.0f} tokens/s"
             )
             if evaluate and (run.step % config.eval_every == 0 or run.step == config.steps):
-                run.metrics.write(
-                    run.step, {f"heldout/{name}": value for name, value in evaluate(run.model.eval()).items()}
-                )
-            if run.step % config.save_every == 0 or run.step == config.steps or stop:
+                run.write({f"heldout/{name}": value for name, value in _evaluated(run, evaluate).items()})
+            if run.step % config.eval_every == 0 or run.step == config.steps:
+                _log_positions(run)
+            if run.step % config.save_every == 0 or run.step == config.steps:
                 run.save()
-            if stop and run.step < config.steps:
+            if stopping and run.step < config.steps:
                 raise _interrupted(run, stop)
-    run.metrics.close()
-    return run.save()
+    run.save()  # where nothing was left to do
+    return run.finish()
 
 
 @dataclass
@@ -100,12 +126,17 @@ class _Run:
 
     config: TrainConfig
     out: Path
+    ranks: Ranks
     mixture: Mixture
     ahead: ReadAhead[tuple[Batch, Tensor]]
     model: CausalModel
-    optimizer: torch.optim.Optimizer
-    metrics: Metrics
+    learner: nn.Module
+    optimizer: torch.optim.AdamW
+    saver: Saver
+    metrics: Metrics | None  # of the first process alone
     device: torch.device
+    watch: LossWatch
+    guard: Guard
     step: int = 0
     waited: float = 0.0  # seconds that the last step waited for its data
 
@@ -116,8 +147,20 @@ class _Run:
         not_predicted = 2 if self.config.model.targets == "pixels" else 1
         return self.config.batch * (sequence_length(self.mixture.frames, rows, cols) - not_predicted)
 
-    def save(self) -> Path:
-        """Save a checkpoint of the finished steps."""
+    def write(self, values: dict[str, float]) -> None:
+        """Add a row of metrics, which are the same in each process."""
+        if self.metrics is not None:
+            self.metrics.write(self.step, values)
+
+    def finish(self) -> Path:
+        """Wait for what is being saved; returns the last checkpoint."""
+        self.saver.wait()
+        if self.metrics is not None:
+            self.metrics.close()
+        return self.out / "checkpoints" / f"step-{self.step:08d}"
+
+    def save(self) -> None:
+        """Save a checkpoint of the finished steps; it is written while training goes on."""
         card = Card(
             passport=self.mixture.passport.to_dict(),
             sequence=_sequence_form(self.mixture),
@@ -125,26 +168,32 @@ class _Run:
                 "step": self.step,
                 "tokens": self.step * self.tokens_in_step,
                 "data": _data_hashes(self.mixture),
+                "watch": self.watch.state(self.ranks.added(self.watch.totals())),
+                "guard": self.guard.state(),
+                **ancestors_of(self.out),
             },
         )
-        return save_checkpoint(
-            self.out,
-            self.model,
-            self.optimizer,
-            card,
-            step=self.step,
-            keep=self.config.keep,
-            keep_every=self.config.keep_every,
-        )
+        self.saver.save(self.model, self.optimizer, card, step=self.step)
 
 
-def _prepare(config: TrainConfig, out: Path, resume: bool) -> _Run:
-    """Open the data, make or restore model and optimizer, and open the metrics."""
-    device = pick_device(config.device)
+def _newest(out: Path, resume: bool) -> Path | None:
+    """The checkpoint that a run goes on from."""
     remove_leftovers(out / "checkpoints")
     if newest_checkpoint(out) and not resume:
         raise ConfigError("already holds a run", where=out, fix="add --resume to continue it, or choose another --out")
-    newest = newest_whole_checkpoint(out)
+    return newest_whole_checkpoint(out)
+
+
+def _prepare(config: TrainConfig, out: Path, resume: bool, ranks: Ranks, wandb: WandbConfig | None) -> _Run:
+    """Open the data, make or restore model and optimizer, and open the metrics."""
+    device = pick_device(config.device)
+    if config.batch % (ranks.world * config.micro_batch):
+        raise ConfigError(
+            f"{config.batch} sequences are no multiple of {ranks.world} processes x {config.micro_batch}",
+            where="--batch",
+            fix="change --batch, --micro-batch or the number of processes",
+        )
+    newest = ranks.from_first(lambda: _newest(out, resume))
     sees_pixels = config.model.inputs == "patches"
     mixture = Mixture(
         config.data.sources,
@@ -161,7 +210,21 @@ def _prepare(config: TrainConfig, out: Path, resume: bool) -> _Run:
         architecture = with_patch_values(architecture, patch_values(mixture.passport))
     torch.manual_seed(config.seed)
     model = build(architecture).to(device)
-    optimizer = make_optimizer(model, config.optimizer, rules=model.weight_rules())
+    rules = model.weight_rules()
+    continued = start_from(config, model, mixture) if config.init is not None and newest is None else None
+    rows, cols = mixture.grid
+    codes = config.model.targets == "codes"
+    watch = LossWatch(config.data.sources, frames=mixture.frames, cells=rows * cols, ends=codes, device=device)
+    guard = Guard(
+        config.guard,
+        out=out,
+        blind=math.log(mixture.passport.vocab_size) if codes else 1.0,
+        optimizer=config.optimizer,
+        changes=_of_guard(config),
+    )
+    bf16 = use_bf16(config.precision, device)
+    learner = laid_out(model, config.parallel, ranks, device=device, bf16=bf16)
+    optimizer = make_optimizer(model, config.optimizer, rules=rules)
     resolved = replace(config, model=architecture)
     step = 0
     if newest:
@@ -172,87 +235,100 @@ def _prepare(config: TrainConfig, out: Path, resume: bool) -> _Run:
                 where=out,
                 fix="use a recipe of the same, or another --out",
             )
-        _require_same_run(resolved, out, step)
-        card = restore_checkpoint(newest, model, optimizer)
-        used = len(_drawn_from(as_plain(config.data), step)["sources"])
+        ranks.from_first(lambda: require_same_run(resolved, out, step))
+        card = restore_checkpoint(newest, model, optimizer, ranks=ranks)
+        used = len(drawn_from(as_plain(config.data), step)["sources"])
         if card.training["data"][:used] != _data_hashes(mixture)[:used]:
             raise CheckpointError(
                 "was trained on other shards", where=newest, fix="give the same data, or another --out"
             )
-        _record_new_mixture(resolved, out, step)
+        if "watch" in card.training:
+            watch.restore(card.training["watch"], first=ranks.first)
+            guard.restore(card.training["guard"])
+        ranks.from_first(lambda: record_new_mixture(resolved, out, step))
     else:
-        if config.init is not None:
-            start_from(config.init, model, mixture.passport)
-        if out.exists() and any(out.iterdir()) and not (out / RECORD).exists():
-            raise ConfigError("is not empty and holds no run", where=out, fix=ANOTHER)
-        write_provenance(out, resolved)
+        ranks.from_first(lambda: record(resolved, out))
+        ranks.from_first(lambda: write_continued(continued, out))
+    for line in continued.lines() if continued else ():
+        say(line)
     for source in mixture.sources:
         say(str(source))
-    say(f"model: {parameter_line(architecture)}, on {device}")
-    metrics = Metrics(out, continue_from=step if newest else None)
+    beside = f", {ranks.world} processes ({config.parallel.strategy})" if ranks.world > 1 else ""
+    say(f"model: {parameter_line(architecture)}, on {device}{beside}")
+    metrics = None
+    if ranks.first:
+        metrics = Metrics(out, continue_from=step if newest else None, wandb=wandb, config=as_plain(resolved))
     pinned = device.type == "cuda"
     ahead = ReadAhead(
-        lambda step: _read(mixture, config, step, pinned=pinned), end=config.steps, workers=config.data.workers
+        lambda step: _read(mixture, config, step, ranks, pinned=pinned), end=config.steps, workers=config.data.workers
     )
-    return _Run(config, out, mixture, ahead, model, optimizer, metrics, device, step)
+    saver = Saver(
+        out,
+        ranks=ranks,
+        keep=config.keep,
+        keep_every=config.keep_every,
+        background=config.save_in_background,
+        last=step if newest else None,
+    )
+    parts = (mixture, ahead, model, learner, optimizer, saver, metrics, device, watch, guard)
+    return _Run(config, out, ranks, *parts, step)
 
 
-def start_from(checkpoint: str, model: CausalModel, passport: Passport) -> None:
-    """Load another run's weights into a new model.
-
-    Raises:
-        PassportError: another tokenizer made its tokens.
-        ConfigError: it is of another architecture.
-    """
-    known = Passport.from_dict(load_card(checkpoint).passport, where=checkpoint)
-    passport.require_tokenizer(known, where=checkpoint, fix="start from a model of the same tokenizer")
-    other = load_model(checkpoint)
-    before, now = described(other.config), described(model.config)
-    if before["kind"] != now["kind"]:
-        before, now = {"kind": before["kind"]}, {"kind": now["kind"]}
-    different = [line for line in _differences(before, now) if not line.startswith("rope_base ")]
-    if different:
-        raise ConfigError(f"is of another architecture ({'; '.join(different)})", where=checkpoint, fix="use the same")
-    model.load_state_dict(other.state_dict())
-
-
-def _read(mixture: Mixture, config: TrainConfig, step: int, *, pinned: bool) -> tuple[Batch, Tensor]:
-    """The windows of a step, and their sequences."""
-    batch = mixture.batch(step, config.batch, pinned=pinned)
+def _read(mixture: Mixture, config: TrainConfig, step: int, ranks: Ranks, *, pinned: bool) -> tuple[Batch, Tensor]:
+    """The windows of a step that are this process's, and their sequences."""
+    slots = slice(ranks.rank, None, ranks.world)
+    batch = mixture.batch(step, config.batch, slots=slots, pinned=pinned)
     return batch, batch.sequences(config.data.frames_at(step), pinned=pinned)
 
 
-def _step(run: _Run) -> tuple[float, float]:
-    """One optimizer step; returns the batch's mean loss and the gradient's norm before clipping."""
+def _step(run: _Run, stop: StopRequest) -> tuple[float, float, bool]:
+    """One optimizer step of all processes.
+
+    Returns the batch's mean loss, the gradient's norm before clipping, and whether somebody was asked to stop: the
+    same in each process.
+    """
     config = run.config
     began = time.perf_counter()
     batch, sequences = run.ahead.take(run.step)
     run.waited = time.perf_counter() - began
     set_learning_rate(run.optimizer, learning_rate(run.step, config.steps, config.optimizer))
-    run.model.train()
+    run.learner.train()
     losses: list[Tensor] = []
-    parts = sequences.chunk(config.batch // config.micro_batch)
-    for first, part in zip(range(0, config.batch, config.micro_batch), parts, strict=True):
+    parts = sequences.chunk(len(batch) // config.micro_batch)
+    for first, part in zip(range(0, len(batch), config.micro_batch), parts, strict=True):
         windows = slice(first, first + config.micro_batch)
         patches = batch.patches(config.data.frames_at(run.step), part=windows, device=run.device)
+        last_of_step(run.learner, windows.stop == len(batch))
         with autocast(config.precision, run.device):
-            loss = next_token_loss(run.model, part.to(run.device, non_blocking=True), patches)
-        (loss * config.micro_batch / config.batch).backward()  # type: ignore[no-untyped-call]
+            loss, each = run.learner(part.to(run.device, non_blocking=True), patches)
+        (loss * config.micro_batch / len(batch)).backward()
         losses.append(loss.detach())
-    norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.optimizer.clip))
-    mean = float(torch.stack(losses).mean())
+        run.watch.add(each, batch.source[windows])
+    norm_of_all = gradient_norm(run.model.parameters())
+    norm = float(norm_of_all)
+    known = torch.stack([torch.stack(losses).mean().double(), torch.tensor(float(bool(stop)), device=run.device)])
+    total, asked = run.ranks.added(known).tolist()
+    mean = total / run.ranks.world
     if not (math.isfinite(mean) and math.isfinite(norm)):
         raise _non_finite(run, mean, norm, batch.windows())
-    run.optimizer.step()
+    clipped_step(run.optimizer, norm_of_all, config.optimizer.clip)
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    return mean, norm
+    run.guard.check(run.step, mean, norm, lambda: _items(batch.windows()))
+    return mean, norm, asked > 0
+
+
+def _evaluated(run: _Run, evaluate: Evaluate) -> dict[str, float]:
+    """What an evaluation finds; of several processes, each finds the same."""
+    with whole_weights(run.learner), autocast(run.config.precision, run.device):
+        return evaluate(run.model.eval())
 
 
 def _interrupted(run: _Run, stop: StopRequest) -> InterruptedRunError:
-    run.metrics.close()
+    run.save()
+    run.finish()
     return InterruptedRunError(
-        f"stopped by {stop.name} after step {run.step}", where=run.out, fix="add --resume to continue"
+        f"stopped by {stop.name or 'a signal'} after step {run.step}", where=run.out, fix="add --resume to continue"
     )
 
 
@@ -267,28 +343,32 @@ def _log(run: _Run, loss: float, norm: float, seconds: float) -> None:
         "speed/data_wait": run.waited / seconds,
         "memory/peak_gb": peak_memory(run.device) / 1e9,
     }
-    if isinstance(architecture := run.model.config, ModelConfig):
-        speed["speed/gflops"] = _flops(run, architecture) / seconds / 1e9
-    run.metrics.write(run.step, values | speed)
+    speed["speed/gflops"] = _flops(run) / seconds / 1e9
+    if peak := peak_of(run.device, bf16=use_bf16(run.config.precision, run.device)):
+        speed["speed/mfu"] = 1e9 * speed["speed/gflops"] / (peak * run.ranks.world)
+    watched = run.watch.take(run.ranks.added(run.watch.totals()))
+    run.write(values | speed | watched | {"train/spikes": run.guard.spikes})
 
 
-def _flops(run: _Run, architecture: ModelConfig) -> int:
+def _flops(run: _Run) -> int:
     """Operations of the last step; see `toto.model.budget.flops` for what counts."""
     rows, cols = run.mixture.grid
     frames = run.config.data.frames_at(run.step - 1)
-    not_seen = 2 if architecture.targets == "pixels" else 1
-    positions = sequence_length(frames, rows, cols) - not_seen
+    architecture = run.model.config
+    positions = positions_of(architecture, frames * rows * cols)
     sequences = run.config.batch * run.mixture.frames // frames
-    return training_flops(architecture, batch=sequences, positions=positions).total
+    flops = training_flops if isinstance(architecture, ModelConfig) else baseline_flops
+    return flops(architecture, batch=sequences, positions=positions).total  # type: ignore[arg-type]
 
 
 def _non_finite(run: _Run, loss: float, norm: float, windows: list[Any]) -> NonFiniteLossError:
     """Write down what the batch held, and say where training can go on from."""
-    run.metrics.close()
-    report = run.out / f"non-finite-step-{run.step + 1}.json"
+    run.saver.close()
+    name = f"non-finite-step-{run.step + 1}"
+    report = run.out / (f"{name}.json" if run.ranks.world == 1 else f"{name}-rank-{run.ranks.rank}.json")
     write_json(report, {"step": run.step + 1, "loss": str(loss), "grad_norm": str(norm), "batch": describe(windows)})
     last = newest_checkpoint(run.out)
-    items = ", ".join(dict.fromkeys(name for window in windows for name, _ in window.origin))
+    items = _items(windows)
     return NonFiniteLossError(
         f"loss {loss}, gradient norm {norm} at step {run.step + 1} (items {items[:300]}; all in {report.name}); "
         f"last good checkpoint: {last or 'none'}",
@@ -307,67 +387,17 @@ def _data_hashes(mixture: Mixture) -> list[str]:
     return [sha256_at(source.config.path / MANIFEST) for source in mixture.sources]
 
 
-def _require_same_run(config: TrainConfig, out: Path, step: int) -> None:
-    """Refuse to continue after `step` steps with options that would make it another run."""
-    before = read_json(out / RECORD, what="record of the run")["config"]
-    now = as_plain(config)
-    different = _differences(_comparable(before, step), _comparable(now, step))
-    if different:
-        raise ConfigError(
-            f"holds a run with other options ({'; '.join(different)})",
-            where=out,
-            fix="use the same, or another --out",
-        )
+def _items(windows: list[Any]) -> str:
+    """The names of what a batch holds."""
+    return ", ".join(dict.fromkeys(name for window in windows for name, _ in window.origin))
 
 
-def _comparable(config: dict[str, Any], step: int) -> dict[str, Any]:
-    """The options that decided the result of the first `step` steps, or decide everything after them.
-
-    Where the shards lie doesn't, their checksums are compared instead; nor does a mixture that is still to come.
-    Options that a run's record is too old to name had their defaults.
-    """
-    kept = {name: value for name, value in config.items() if name not in FREE_TO_CHANGE}
-    drawn_from = _drawn_from(config["data"], step)
-    data = {name: value for name, value in config["data"].items() if name not in FREE_DATA}
-    return kept | {
-        "data": {
-            **_defaults(DataConfig, but=FREE_DATA),
-            **data,
-            "sources": drawn_from["sources"],
-            f"schedule before step {step}": drawn_from["schedule"],
-        },
-        "model": _defaults(config_class(config["model"])) | config["model"],
-    }
+def _of_guard(config: TrainConfig) -> list[int]:
+    return [change.step for change in config.data.schedule] + [config.data.short_steps]
 
 
-def _defaults(kind: type[Any], *, but: Collection[str] = ()) -> dict[str, Any]:
-    fields = [field for field in dataclasses.fields(kind) if field.default is not MISSING and field.name not in but]
-    return {field.name: as_plain(field.default) for field in fields}
-
-
-def _drawn_from(data: dict[str, Any], step: int) -> dict[str, Any]:
-    """The mixture as far as it has decided the first `step` steps: without later changes and sources that join then."""
-    schedule = [change for change in data.get("schedule", []) if change["step"] < step]
-    weights = [[source["weight"] for source in data["sources"]], *(change["weights"] for change in schedule)]
-    used = 1 + max(number for row in weights for number, weight in enumerate(row) if weight)
-    return {
-        "sources": [{**source, "path": None} for source in data["sources"][:used]],
-        "schedule": [{**change, "weights": change["weights"][:used]} for change in schedule],
-    }
-
-
-def _record_new_mixture(config: TrainConfig, out: Path, step: int) -> None:
-    """Where a run goes on with another mixture, make that its record and keep the one before beside it."""
-    before = read_json(out / RECORD, what="record of the run")["config"]["data"]
-    if _drawn_from(before, config.steps) != _drawn_from(as_plain(config.data), config.steps):
-        shutil.copyfile(out / RECORD, out / f"made-before-step-{step + 1}.json")
-        write_provenance(out, config)
-
-
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = dict.fromkeys([*before, *now])
-        return [
-            line for key in keys for line in _differences(before.get(key), now.get(key), f"{name}.{key}".strip("."))
-        ]
-    return [] if before == now else [f"{name} was {before}, is {now}"]
+def _log_positions(run: _Run) -> None:
+    """Losses by frame of the rows since this was last called."""
+    values = run.watch.positions()
+    if run.metrics is not None:
+        run.metrics.write_positions(run.step, values)

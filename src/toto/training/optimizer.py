@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from toto.model.parametrisation import WeightRule
 from toto.runtime.errors import ConfigError
@@ -69,6 +72,36 @@ def make_optimizer(
         for (rate, decay), weights in groups.items()
     ]
     return torch.optim.AdamW(described, lr=config.peak_lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
+    """The global norm of all gradients; of sharded ones, over all processes."""
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in parameters if weight.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clipped_step(optimizer: torch.optim.AdamW, norm: Float[Tensor, ""], clip: float) -> None:
+    """A step of `make_optimizer`'s, with gradients scaled down to a global norm of at most `clip`.
+
+    The kernel scales them as it reads them. Sharded ones are scaled beforehand.
+
+    Args:
+        optimizer: whose step it is.
+        norm: of the gradients, which is what `gradient_norm` says and must be finite.
+        clip: as in `OptimizerConfig`.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if any(isinstance(weight, DTensor) for weight in weights):
+        torch.nn.utils.clip_grads_with_norm_(weights, clip, norm)
+        optimizer.step()
+        return
+    divisor = ((norm + 1e-6) / clip).clamp(min=1.0)  # as clip_grad_norm_ has it
+    scaled: Any = optimizer  # torch reads the attribute, and declares it nowhere
+    scaled.grad_scale = None if divisor == 1 else divisor.float()
+    try:
+        optimizer.step()
+    finally:
+        del scaled.grad_scale
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
+from toto.model.budget.baselines import BaselineConfig, baseline_flops, baseline_memory, uncounted_share
 from toto.model.budget.flops import Flops, positions_of, training_flops
 from toto.model.budget.memory import Checkpointing, Memory, StepShape, training_memory
 from toto.model.budget.parameters import parameter_table
@@ -14,8 +15,8 @@ from toto.runtime.errors import ConfigError
 from toto.runtime.machine import Machine
 from toto.tokens.sequence import sequence_vocabulary
 from toto.training.config import TrainConfig
+from toto.training.parallel import Strategy
 
-Strategy = Literal["ddp", "fsdp", "hsdp"]
 BYTES_OF_CODE = 2
 BYTES_OF_CHECKPOINT = 16  # a weight: itself, for use and to go on from, and two moments
 
@@ -68,6 +69,7 @@ class Plan:
         recomputed: operations of a step that checkpointing does again.
         total_flops: of the whole run, recomputed ones included.
         memory: of a rank.
+        whole_memory: whether `memory` is all of it; of the baselines only weights, gradients and moments are known.
         room: bytes that a rank may take.
         tokens: visual tokens of the whole run.
         tokens_a_step: visual tokens of a step.
@@ -86,6 +88,7 @@ class Plan:
     recomputed: int
     total_flops: float
     memory: Memory
+    whole_memory: bool
     room: int
     tokens: int
     tokens_a_step: int
@@ -99,7 +102,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether a rank's memory is enough."""
+        """Whether a rank's memory is enough; where not all of it is known, for what is."""
         return self.memory.total <= self.room
 
 
@@ -108,7 +111,7 @@ class _Job:
     """Everything that decides a plan; `model` is the recipe's, with what comes from the data."""
 
     recipe: TrainConfig
-    model: ModelConfig
+    model: ModelConfig | BaselineConfig
     machine: Machine
     layout: Layout
     tokens: Tokens
@@ -133,7 +136,7 @@ def make_plan(config: TrainConfig, machine: Machine, layout: Layout, tokens: Tok
     """Work a run out.
 
     Raises:
-        ConfigError: the model isn't toto's decoder, the batch can't be divided among the ranks, or the machine hasn't
+        ConfigError: the architecture isn't known, the batch can't be divided among the ranks, or the machine hasn't
             got the precision.
     """
     tokens = tokens or Tokens()
@@ -157,6 +160,7 @@ def make_plan(config: TrainConfig, machine: Machine, layout: Layout, tokens: Tok
         recomputed=executed - full.total,
         total_flops=float(total),
         memory=memory,
+        whole_memory=isinstance(job.model, ModelConfig),
         room=room,
         tokens=config.steps * tokens_a_step,
         tokens_a_step=tokens_a_step,
@@ -170,13 +174,13 @@ def make_plan(config: TrainConfig, machine: Machine, layout: Layout, tokens: Tok
     )
 
 
-def _resolved(config: TrainConfig, tokens: Tokens) -> ModelConfig:
+def _resolved(config: TrainConfig, tokens: Tokens) -> ModelConfig | BaselineConfig:
     """The architecture with what comes from the data."""
     model = config.model
-    if not isinstance(model, ModelConfig):
-        raise ConfigError(f"plans are for toto's decoder, this is {model.kind}", where="toto plan")
+    if not isinstance(model, ModelConfig | BaselineConfig):
+        raise ConfigError(f"plans are for toto's decoder and the baselines, this is {model.kind}", where="toto plan")
     model = with_vocabulary(model, model.vocab_size or sequence_vocabulary(tokens.codes))
-    if model.inputs == "patches":
+    if isinstance(model, ModelConfig) and model.inputs == "patches":
         model = with_patch_values(model, model.patch_values or 3 * tokens.patch_side**2)
     return model
 
@@ -209,8 +213,12 @@ def _step_flops(job: _Job, frames: int) -> tuple[Flops, int]:
     Full checkpointing runs blocks forward once more; the selective one keeps what products and attention gave.
     """
     batch, positions = job.sequences(frames, job.recipe.batch)
-    flops = training_flops(job.model, batch=batch, positions=positions)
-    blocks = sum(flops.forward[part] for part in ("projections", "attention", "mlp"))
+    model = job.model
+    if isinstance(model, ModelConfig):
+        flops = training_flops(model, batch=batch, positions=positions)
+    else:
+        flops = baseline_flops(model, batch=batch, positions=positions)
+    blocks = sum(count for part, count in flops.forward.items() if part not in ("output", "patches"))
     return flops, flops.total + (blocks if job.layout.checkpointing == "full" else 0)
 
 
@@ -226,6 +234,8 @@ def _memory(job: _Job) -> Memory:
         checkpointing=layout.checkpointing,
         fused_norm=job.machine.fused_norm,
     )
+    if not isinstance(job.model, ModelConfig):
+        return baseline_memory(job.model, shape)
     found = []
     for frames in (data.frames, data.short_frames) if data.short_steps else (data.frames,):
         batch, positions = job.sequences(frames, job.recipe.micro_batch)
@@ -249,8 +259,11 @@ class _Change:
 def _changes(job: _Job, room: int) -> Iterator[str]:
     """Options each of which makes it fit, in its mildest value; where none does, several of them together."""
     micro, more = job.recipe.micro_batch, job.layout.devices > 1
-    shards = [_Change(words="--strategy fsdp", layout={"strategy": "fsdp"})] if more else []
-    again = [_Change(words=f"--checkpointing {kept}", layout={"checkpointing": kept}) for kept in ("selective", "full")]
+    shards = [_Change(words="--parallel.strategy fsdp", layout={"strategy": "fsdp"})] if more else []
+    again = [
+        _Change(words=f"--parallel.checkpointing {kept}", layout={"checkpointing": kept})
+        for kept in ("selective", "full")
+    ]
     smaller = [
         _Change(words=f"--micro-batch {n}", recipe={"micro_batch": n})
         for n in range(micro - 1, 0, -1)
@@ -271,7 +284,7 @@ def _changes(job: _Job, room: int) -> Iterator[str]:
         if _memory(job).total <= room:
             yield " ".join(words)
             return
-    wider = "more --gpus with --strategy fsdp, " if job.machine.devices > 1 else ""
+    wider = "more --gpus with --parallel.strategy fsdp, " if job.machine.devices > 1 else ""
     yield f"{wider}a smaller model, shorter sequences, or more memory"
 
 
@@ -285,10 +298,15 @@ def _notes(job: _Job) -> Iterator[str]:
     )
     frames = job.recipe.data.frames
     yield f"tokens: {job.model.vocabulary:,} ids, {tokens.rows} x {tokens.cols} codes a frame, {frames} frames"
-    yield "attention: only pairs of positions that may attend are counted; all pairs would be nearly twice as many"
+    if job.model.kind != "mamba":
+        yield "attention: only pairs of positions that may attend are counted; all pairs would be nearly twice as many"
     if job.layout.strategy != "ddp":
         yield "sharded memory: two blocks gathered at a time, one with its gradient; worked out, not measured"
-    if machine.fused_norm:
+    if machine.fused_norm and isinstance(job.model, ModelConfig):
         yield "RMSNorm as one kernel that keeps its input only; worked out, not measured"
-    if note := note_on(job.model):
+    if not isinstance(job.model, ModelConfig):
+        yield f"memory: weights, gradients and moments alone; what is kept of {job.model.kind}'s blocks isn't known"
+        if share := uncounted_share(job.model):
+            yield f"the scan's operations, element by element, aren't counted: {share:.1%} of those of the forward pass"
+    elif note := note_on(job.model):
         yield note

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from toto.model.config import ModelConfig
+from toto.model.config import BackboneConfig, ModelConfig
 
 Scores = Literal["all", "causal"]
 
@@ -60,7 +60,7 @@ def training_flops(config: ModelConfig, *, batch: int, positions: int, scores: S
     return Flops(forward=forward, backward=backward, scores_again=forward["attention"] // 2)
 
 
-def positions_of(config: ModelConfig, visual: int) -> int:
+def positions_of(config: BackboneConfig, visual: int) -> int:
     """What the model is given of a sequence with this many visual positions.
 
     Codes: start and all codes, as the end is a target too. Pixels: without the last patch, a target only.

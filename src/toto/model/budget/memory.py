@@ -1,9 +1,10 @@
 """Memory of a training step on one rank, from the structure alone.
 
 It follows what autograd keeps of `toto.model.layers` until the backward pass: fp32 master weights with AdamW's two
-moments; matrix products and attention in the compute precision (bf16 under autocast, or fp32), the residual stream and
-the norms in fp32. A step takes the most either at the loss, where all activations and the logits lie, or at one of the
-moments after it, while activations go and gradients come. The fullest moment is given.
+moments; matrix products and attention in the compute precision (bf16 under autocast, or fp32), the residual stream in
+fp32. A step takes the most either at the loss, where all activations lie, the logits of some rows, and the gradients
+that the loss makes at once; or at one of the moments after it, while activations go and gradients come. The fullest
+moment is given.
 
 Symbols: E bytes of a number in the compute precision, 4 those of fp32.
 """
@@ -17,8 +18,10 @@ from toto.model.budget.parameters import parameter_table
 from toto.model.config import ModelConfig
 
 Checkpointing = Literal["none", "selective", "full"]
-Moment = Literal["loss", "output", "last block", "first block", "end"]
+Moment = Literal["loss", "last block", "first block", "end"]
 MOMENTS: tuple[Moment, ...] = get_args(Moment)
+LOGIT_ROWS = {"cpu": 1024, "gpu": 4096}  # as in `toto.training.fused_loss`
+SOFTMAX_ROWS = 64
 CATEGORIES = ("weights", "gradients", "optimizer", "copies", "activations", "logits", "workspace")
 
 
@@ -32,9 +35,9 @@ class Memory:
         optimizer: AdamW's moments.
         copies: weights in bf16 for matrix products; of sharded ones, what is gathered at a time.
         activations: what the backward pass still needs.
-        logits: log-probabilities of all positions and their gradients.
-        workspace: what the backward pass of a block makes on the way.
-        moment: when: at the loss, or as gradients pass the output layer, the last or the first block, or all lie.
+        logits: those that exist at a time; of patches, their errors.
+        workspace: what the loss, or the backward pass of a block, makes on the way.
+        moment: when: at the loss, or as gradients pass the last or the first block, or all lie.
     """
 
     weights: int
@@ -68,7 +71,8 @@ class StepShape:
         shards: ranks among which weights, gradients and moments are divided; 1 keeps all of them on each.
         checkpointing: what of a block is kept. "none": everything. "selective": its input and the results of matrix
             products and attention. "full": its input. The rest is computed again in the backward pass.
-        fused_norm: RMSNorm is one kernel that keeps its input only, as on GPUs; the CPU's keeps the normalised values.
+        fused_norm: kernels are those of GPUs. Attention in bf16 on a processor keeps queries, keys and values once;
+            a GPU's keeps them before and after they are turned.
     """
 
     batch: int
@@ -91,26 +95,25 @@ def training_memory(config: ModelConfig, shape: StepShape) -> Memory:
 
 def _at(moment: Moment, config: ModelConfig, shape: StepShape) -> dict[str, int]:
     """Bytes by category at one moment, without what is always held."""
-    E = 2 if shape.bf16 else 4
-    table, tokens = parameter_table(config), shape.batch * shape.positions
+    table, tokens, codes = parameter_table(config), shape.batch * shape.positions, config.targets == "codes"
     block = (table["attention"] + table["mlp"]) // config.layers
     head = config.outputs * config.width
     embedding = table["total"] - block * config.layers - (0 if config.tie_embeddings else head)
     kept = _block_saved(config, shape, shape.checkpointing)
     inside = _block_saved(config, shape, "none") - kept + tokens * _block_workspace(config, shape)
-    through = config.layers * kept + tokens * _outside_saved(config, shape)
+    angles = 2 * 4 * config.head_size * shape.positions
+    through = config.layers * kept + tokens * _outside_saved(config, shape) + angles
     new: dict[Moment, int] = {
-        "loss": 0,
-        "output": head,
+        "loss": head if codes else 0,
         "last block": head,
         "first block": table["total"] - block - embedding,
     }
     gradients = table["total"] if shape.accumulates else new.get(moment, table["total"])
+    again = 4 * head if shape.accumulates and codes else 0  # of the output layer, beside what it is added to
     made: dict[Moment, tuple[int, int, int]] = {  # activations, logits, workspace
-        "loss": (through, tokens * _loss_bytes(config), 0),
-        "output": (through, tokens * E * config.outputs, _new_gradient(head, shape)),
-        "last block": (config.layers * kept, 0, inside),
-        "first block": (kept, 0, inside),
+        "loss": (through, _logits(config, shape), again + (_at_the_loss(config, shape) if codes else 0)),
+        "last block": (config.layers * kept + angles, 0, inside),
+        "first block": (kept + angles, 0, inside),
         "end": (0, 0, 4 * embedding if shape.accumulates else 0),
     }
     activations, logits, workspace = made[moment]
@@ -123,9 +126,24 @@ def _at(moment: Moment, config: ModelConfig, shape: StepShape) -> dict[str, int]
     }
 
 
-def _new_gradient(count: int, shape: StepShape) -> int:
-    """Bytes beside the gradients while that of `count` weights is made: in bf16, and in fp32 until it is added."""
-    return (2 * count if shape.bf16 else 0) + (4 * count if shape.accumulates else 0)
+def _logits(config: ModelConfig, shape: StepShape) -> int:
+    """Bytes of the logits that exist at a time; predicted pixels, their squared errors and gradients all do."""
+    if config.targets == "pixels":
+        return 16 * config.outputs * shape.batch * shape.positions
+    return (2 if shape.bf16 else 4) * _rows(shape) * config.outputs
+
+
+def _at_the_loss(config: ModelConfig, shape: StepShape) -> int:
+    """Bytes of the hidden states' gradient, and of the part of the weight's gradient that some rows give."""
+    E, tokens = 2 if shape.bf16 else 4, shape.batch * shape.positions
+    part = (2 + 4 if shape.bf16 else 4) * config.outputs * config.width
+    return E * config.width * tokens + max(part, 8 * SOFTMAX_ROWS * config.outputs)
+
+
+def _rows(shape: StepShape) -> int:
+    """How many rows of logits a product makes."""
+    tokens = shape.batch * shape.positions
+    return -(-tokens // -(-tokens // LOGIT_ROWS["gpu" if shape.fused_norm else "cpu"]))
 
 
 def _block_saved(config: ModelConfig, shape: StepShape, checkpointing: Checkpointing) -> int:
@@ -134,15 +152,20 @@ def _block_saved(config: ModelConfig, shape: StepShape, checkpointing: Checkpoin
     E = 2 if shape.bf16 else 4
     tokens = shape.batch * shape.positions
     residual, statistic, logsumexp = 4 * D, 4, 4 * N
+    blockwise = shape.bf16 and not shape.fused_norm
     if checkpointing == "full":
         return tokens * residual
     if checkpointing == "selective":
-        return tokens * (residual + E * (3 * D + D + D + 2 * M + D) + logsumexp)
-    norm = residual + statistic + (0 if shape.fused_norm else 4 * D) + E * D
+        turned = E * 3 * D if blockwise else logsumexp
+        return tokens * (residual + E * (3 * D + D + D + 2 * M + D) + turned)
+    norm = residual + statistic + E * D
+    mlp = E * (2 * M + M)  # gate and up as one; silu(gate) * up
+    if blockwise:
+        return tokens * (2 * norm + E * (3 * D + D) + mlp)  # q and k turned, and v; the result
     attention = E * (3 * D + 2 * D + D) + logsumexp  # q, k, v as one; q and k turned; the result
-    mlp = E * (2 * M + M + M)  # gate and up as one; silu(gate); its product with up
     turned_again = 4 * K * 2 * shape.positions + tokens * E * D if shape.bf16 else 0  # angles, and the result, in bf16
-    return tokens * (2 * norm + attention + mlp) + turned_again
+    gpu = tokens * E * M if shape.fused_norm else 0  # silu(gate)
+    return tokens * (2 * norm + attention + mlp) + turned_again + gpu
 
 
 def _outside_saved(config: ModelConfig, shape: StepShape) -> int:
@@ -151,12 +174,7 @@ def _outside_saved(config: ModelConfig, shape: StepShape) -> int:
     ids = 3 * 8  # as input, as target, and the batch they are views of
     patches = 4 * config.values_in_patch if config.inputs == "patches" else 0
     seen = E * config.values_in_patch if config.inputs == "patches" and shape.bf16 else 0
-    return ids + patches + seen + 4 * D + 4 + (0 if shape.fused_norm else 4 * D) + E * D
-
-
-def _loss_bytes(config: ModelConfig) -> int:
-    """Bytes a position at the loss: log-probabilities, their gradient, that of the logits; likewise of errors."""
-    return (16 if config.targets == "pixels" else 12) * config.outputs
+    return ids + patches + seen + 4 * D + 4 + E * D
 
 
 def _copies(config: ModelConfig, shape: StepShape, moment: Moment, block: int, head: int) -> int:
@@ -172,14 +190,13 @@ def _copies(config: ModelConfig, shape: StepShape, moment: Moment, block: int, h
         return E * outer + (2 * E + E + 4) * block
     if not shape.bf16 or moment == "end":
         return 0
-    at_loss = moment in ("loss", "output")
-    if shape.checkpointing != "none":
-        return 2 * (head if at_loss else block)
-    blocks = 1 if moment == "first block" else config.layers
-    return 2 * (blocks * block + (head if at_loss else 0))
+    if moment == "loss":  # autocast itself keeps them until the forward pass is over
+        return 2 * (config.layers * block + head)
+    blocks = 1 if moment == "first block" or shape.checkpointing != "none" else config.layers
+    return 2 * blocks * block
 
 
 def _block_workspace(config: ModelConfig, shape: StepShape) -> int:
     """Bytes a position: gradients of the block's result and of its SwiGLU, where most are alive at a time."""
     E = 2 if shape.bf16 else 4
-    return 4 * config.width + E * config.width + 2 * E * config.mlp_hidden
+    return 4 * config.width + 3 * E * config.mlp_hidden

@@ -1,0 +1,231 @@
+"""Features on disk: the same as computed, continued after a kill, bounded, refused to strangers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import make_photo, make_video
+
+from toto.evaluation.backbones.pixels import PixelBackbone
+from toto.evaluation.feature_cache import CacheConfig, FeatureCache
+from toto.evaluation.labelled import catalog_clips, extract, procedural_clips, stream_features
+from toto.runtime.errors import ConfigError, StorageError, StoreError
+
+
+class Counting(PixelBackbone):
+    """Pixels, and how many clips it was asked for; fails after so many."""
+
+    def __init__(self, *, stop: int = 10**9, **options):
+        super().__init__(**options)
+        self.seen, self.stop, self.layers = 0, stop, (0, 1)
+
+    def features(self, frames):
+        if self.seen >= self.stop:
+            raise RuntimeError("killed")
+        self.seen += len(frames)
+        states = super().features(frames)[0]
+        return {layer: states * (1 + layer) for layer in self.layers}
+
+
+def cache_of(folder, backbone, **options):
+    return FeatureCache(
+        CacheConfig(folder=folder, **options), name=backbone.name, identity=backbone.identity(), kept_every=0
+    )
+
+
+CLIPS = procedural_clips(0, 20, frames=2, size=16)
+
+
+def backbone(**options):
+    return Counting(size=16, grid=2, frames=2, **options)
+
+
+def equal(one, other):
+    assert sorted(one.features.by_layer) == sorted(other.features.by_layer)
+    for layer, states in one.features.by_layer.items():
+        assert states.dtype == other.features.by_layer[layer].dtype
+        assert states.equal(other.features.by_layer[layer])
+    assert one.features.labels.equal(other.features.labels)
+    assert one.ledger == other.ledger
+
+
+def test_what_is_cached_is_what_was_computed_and_is_not_computed_again(tmp_path):
+    plain = extract(backbone(), CLIPS, batch=3)
+    first, second = backbone(), backbone()
+    equal(extract(first, CLIPS, batch=3, cache=cache_of(tmp_path, first)), plain)
+    equal(extract(second, CLIPS, batch=8, cache=cache_of(tmp_path, second)), plain)
+    assert (first.seen, second.seen) == (20, 0)
+
+
+def test_other_labels_and_fewer_layers_of_the_same_clips_are_not_computed_again(tmp_path):
+    first, second = backbone(), backbone()
+    extract(first, CLIPS, batch=4, cache=cache_of(tmp_path, first))
+    second.select([1])
+    other = replace(CLIPS, labels=tuple(1 - label % 2 for label in CLIPS.labels))
+    found = extract(second, other, batch=4, cache=cache_of(tmp_path, second))
+    assert second.seen == 0
+    assert list(found.features.by_layer) == [1]
+    assert found.features.labels.tolist() == list(other.labels)
+
+
+@pytest.mark.parametrize("stop", [3, 9])
+def test_a_run_that_broke_off_is_continued(tmp_path, stop):
+    plain = extract(backbone(), CLIPS, batch=3)
+    broken = backbone(stop=stop)
+    with pytest.raises(RuntimeError, match="killed"):
+        extract(broken, CLIPS, batch=3, cache=cache_of(tmp_path, broken))
+    for file in tmp_path.glob("*/layer-*.bin"):
+        with file.open("ab") as handle:
+            handle.write(b"half a row")  # what a kill leaves behind the last kept state
+    second = backbone()
+    equal(extract(second, CLIPS, batch=3, cache=cache_of(tmp_path, second)), plain)
+    assert second.seen == 20 - stop
+
+
+def test_a_killed_process_leaves_what_the_next_one_goes_on_from(tmp_path):
+    code = (
+        "import os, sys; sys.path[:0] = sys.argv[2:]; from pathlib import Path; import test_feature_cache as t\n"
+        "class Killed(t.Counting):\n"
+        "    def features(self, frames):\n"
+        "        if self.seen >= 8: os.kill(os.getpid(), 9)\n"
+        "        return super().features(frames)\n"
+        "b = Killed(size=16, grid=2, frames=2)\n"
+        "t.extract(b, t.CLIPS, batch=4, cache=t.cache_of(Path(sys.argv[1]), b))\n"
+    )
+    here = Path(__file__).parent
+    places = [str(here), str(here.parent)]
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), *places], check=False, capture_output=True)
+    assert done.returncode == -9, done.stderr
+    second = backbone()
+    equal(extract(second, CLIPS, batch=4, cache=cache_of(tmp_path, second)), extract(backbone(), CLIPS, batch=4))
+    assert second.seen == 12
+
+
+def test_a_cache_of_another_model_is_refused_by_name(tmp_path):
+    first = backbone()
+    extract(first, CLIPS, batch=4, cache=cache_of(tmp_path, first))
+    other = Counting(size=16, grid=1, frames=2)
+    with pytest.raises(StoreError, match=r"features of pixels:16/2 and not of pixels:16/1 \(preparation differ"):
+        cache_of(tmp_path, other)
+    with pytest.raises(StoreError, match="stored differ"):
+        cache_of(tmp_path, first, stored="fp16")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "thesis.txt").touch()
+    with pytest.raises(StoreError, match="holds other things"):
+        cache_of(tmp_path / "elsewhere", first)
+
+
+def test_nothing_is_written_beyond_the_bound(tmp_path):
+    first = backbone()  # 20 clips x 8 tokens x 192 x 2 bytes x 2 layers
+    with pytest.raises(StorageError, match=r"need 0\.000123 GB of a cache of 0\.0001 GB; raise --cache-gb"):
+        extract(first, CLIPS, batch=4, cache=cache_of(tmp_path, first, gigabytes=1e-4))
+    assert first.seen == 4
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.bin")) == 0
+    extract(first, CLIPS, batch=4, cache=cache_of(tmp_path, first, gigabytes=2e-4))
+    more = procedural_clips(5, 20, frames=2, size=16)
+    with pytest.raises(StorageError, match=r"0\.000123 GB are taken; delete what isn't needed"):
+        extract(first, more, batch=4, cache=cache_of(tmp_path, first, gigabytes=2e-4))
+    with pytest.raises(ConfigError, match="must be above 0"):
+        CacheConfig(gigabytes=0)
+
+
+def test_fewer_tokens_are_means_of_neighbours(tmp_path):
+    plain = extract(backbone(), CLIPS, batch=3).features.by_layer[0].float()
+    asked = backbone()
+    cache = cache_of(tmp_path, asked, tokens=4, stored="fp32")
+    found = extract(asked, CLIPS, batch=3, cache=cache).features.by_layer[0]
+    torch.testing.assert_close(found, plain.view(20, 4, 2, 192).mean(2), atol=1e-2, rtol=0)
+    with pytest.raises(ConfigError, match="3 doesn't divide the 8 tokens"):
+        extract(asked, CLIPS, batch=3, cache=cache_of(tmp_path / "three", asked, tokens=3))
+
+
+def test_damaged_files_are_told(tmp_path):
+    first = backbone()
+    extract(first, CLIPS, batch=4, cache=cache_of(tmp_path, first))
+    (file,) = tmp_path.glob("*/layer-001.bin")
+    os.truncate(file, 100)
+    with pytest.raises(StoreError, match=r"its layer-001.bin is damaged; delete the folder"):
+        extract(first, CLIPS, batch=4, cache=cache_of(tmp_path, first))
+
+
+def test_one_process_at_a_time_fills_it(tmp_path):
+    first = backbone()
+    cache = cache_of(tmp_path, first)
+    with cache.part(CLIPS.identity(), first.layers, 20).filling(), pytest.raises(StoreError, match="another process"):
+        extract(first, CLIPS, batch=4, cache=cache)
+
+
+def test_unreadable_clips_keep_their_places_and_changed_files_are_read_again(tmp_path):
+    data = tmp_path / "data"
+    for number in range(5):
+        make_video(data / "ab"[number % 2] / f"{number}.mp4", frames=6, size=32, number=number)
+    (data / "a" / "2.mp4").write_text("broken")
+    found = []
+    for batch in (1, 2, 64):
+        clips = catalog_clips(str(data), frames=2, stride=2)
+        asked = backbone()
+        cache = cache_of(tmp_path / f"cache{batch}", asked)
+        found.append(extract(asked, clips, batch=batch, cache=cache))
+        equal(found[-1], extract(backbone(), clips, batch=batch))
+        equal(found[-1], found[0])
+    assert [(row.id, row.status) for row in found[0].unused] == [("a/2.mp4", "corrupt")]
+    make_video(data / "a" / "2.mp4", frames=6, size=32, number=7)
+    asked = backbone()
+    again = extract(
+        asked, catalog_clips(str(data), frames=2, stride=2), batch=2, cache=cache_of(tmp_path / "cache1", asked)
+    )
+    assert (asked.seen, len(again.features.labels)) == (5, 5)
+    other = backbone()
+    extract(other, catalog_clips(str(data), frames=2, stride=1), batch=2, cache=cache_of(tmp_path / "cache1", other))
+    assert other.seen == 5  # other frames
+
+
+def test_the_machine_has_a_folder_for_each_backbone(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOTO_CACHE", str(tmp_path))
+    seen = []
+    for grid in (2, 1, 2):
+        asked = Counting(size=16, grid=grid, frames=2)
+        extract(asked, CLIPS, batch=8, cache=cache_of("auto", asked))
+        seen.append(asked.seen)
+    assert seen == [20, 20, 0]
+    assert len(list((tmp_path / "features").glob("*/cache.json"))) == 2
+
+
+def test_features_stream_without_being_kept():
+    blocks = list(stream_features(backbone(), CLIPS, batch=8))
+    assert [len(block.labels) for block in blocks] == [8, 8, 4]
+    assert [row.id for block in blocks for row in block.rows] == list(CLIPS.ids)
+    with pytest.raises(ConfigError, match="must be at least 1, is 0"):
+        next(stream_features(backbone(), CLIPS, batch=0))
+
+
+def test_features_that_are_no_numbers_are_refused():
+    class Broken(Counting):
+        def features(self, frames):
+            return {0: super().features(frames)[0] / 0}
+
+    with pytest.raises(ConfigError, match="its features of layer 0 hold NaN or infinity"):
+        extract(Broken(size=16, frames=2), CLIPS, batch=4)
+
+
+def test_parquet_rows_with_class_names_are_labelled_images(tmp_path):
+    photos = [make_photo(tmp_path / f"{n}.jpg", height=32, width=32, number=n).read_bytes() for n in range(6)]
+    columns = {"image": photos, "label": [0, 2, 1, 0, 1, 2], "name": [f"n{n}" for n in range(6)]}
+    table = pa.table(columns).replace_schema_metadata({"classes": "plane,car,bird"})
+    pq.write_table(table, tmp_path / "train.parquet")
+    clips = catalog_clips(str(tmp_path / "train.parquet"), frames=1, stride=1)
+    assert (clips.modality, clips.classes) == ("image", ("plane", "car", "bird"))
+    assert clips.labels == (0, 2, 1, 0, 1, 2)
+    asked = Counting(size=16, grid=2)
+    cache = cache_of(tmp_path / "cache", asked)
+    assert extract(asked, clips, batch=4, cache=cache).features.labels.tolist() == list(clips.labels)
+    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["name"] == "pixels:16/2"
