@@ -165,6 +165,9 @@ def test_preprocessors_that_ask_for_something_else_are_refused(tmp_path, pixels,
 
 
 def test_models_that_are_none_are_refused_in_one_line(tmp_path):
+    for name in ("hf:", "random:", "random:hf:", ""):
+        with pytest.raises(ConfigError, match="names no model"):
+            load_backbone(name)
     with pytest.raises(CheckpointError, match="no such folder"):
         load_backbone("hf:/nowhere/at/all")
     with pytest.raises(CheckpointError, match=r"no config\.json"):

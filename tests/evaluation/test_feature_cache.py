@@ -229,3 +229,11 @@ def test_parquet_rows_with_class_names_are_labelled_images(tmp_path):
     cache = cache_of(tmp_path / "cache", asked)
     assert extract(asked, clips, batch=4, cache=cache).features.labels.tolist() == list(clips.labels)
     assert json.loads((tmp_path / "cache" / "cache.json").read_text())["name"] == "pixels:16/2"
+
+
+def test_what_memory_has_no_room_for_is_refused_before_it_is_computed(monkeypatch):
+    monkeypatch.setattr("toto.evaluation.labelled.cpu_memory", lambda: 100_000)
+    asked = backbone()
+    with pytest.raises(ConfigError, match=r"need 0\.000246 GB of memory, there are 0\.0001 GB; keep them on disk"):
+        extract(asked, CLIPS, batch=4)
+    assert asked.seen == 4

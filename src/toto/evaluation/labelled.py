@@ -20,6 +20,7 @@ from toto.media.procedural import BARS, MOTIONS, make_clip
 from toto.media.reading import read_item
 from toto.media.sampling import require_frames
 from toto.runtime.errors import ConfigError, MediaError
+from toto.runtime.machine import cpu_memory
 from toto.runtime.places import AnyPath
 from toto.runtime.progress import Progress
 from toto.runtime.seed import stream
@@ -282,9 +283,19 @@ def _kept(backbone: Backbone, clips: LabelledClips, batch: int) -> tuple[dict[in
     rows: list[LedgerRow] = []
     for block in stream_features(backbone, clips, batch=batch):
         rows += block.rows
+        if block.features and not parts:
+            _require_memory(block.features, clips)
         for layer, states in (block.features or {}).items():
             parts.setdefault(layer, []).append(states.to(torch.bfloat16))
     return {layer: torch.cat(found) for layer, found in parts.items()}, rows
+
+
+def _require_memory(features: dict[int, torch.Tensor], clips: LabelledClips) -> None:
+    """Refuse to keep in memory, twice while they are put together, what this machine has no room for."""
+    needed = 2 * len(clips.labels) * sum(states[0].numel() for states in features.values()) * torch.bfloat16.itemsize
+    if needed > cpu_memory():
+        what = f"its features need {needed / 1e9:.3g} GB of memory, there are {cpu_memory() / 1e9:.3g} GB"
+        raise ConfigError(what, where=clips.name, fix="keep them on disk with --cache, or name fewer --layers")
 
 
 def _cached(

@@ -186,6 +186,7 @@ def _draw_curves(axes: Axes, losses: Losses, rows: Sequence[dict[str, float]]) -
 
 def _draw_positions(axes: Axes, losses: Losses, modality: str) -> None:
     style(axes, f"Loss by frame, {modality} sequences", "frame", losses.unit)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     mine = [row for row in losses.positions if modality in row]
     chosen = sorted({round(n * (len(mine) - 1) / max(1, ROWS_OF_POSITIONS - 1)) for n in range(ROWS_OF_POSITIONS)})
     for rank, number in enumerate(chosen):

@@ -156,7 +156,7 @@ def measured() -> Machine:
         properties = torch.cuda.get_device_properties(0)
         name, memory, devices = properties.name, properties.total_memory, torch.cuda.device_count()
     else:
-        name, memory, devices = f"this CPU, {torch.get_num_threads()} threads", _cpu_memory(), 1
+        name, memory, devices = f"this CPU, {torch.get_num_threads()} threads", cpu_memory(), 1
     return Machine(
         name=name,
         peak_bf16=_product_rate(torch.bfloat16, device) if use_bf16("auto", device) else 0.0,
@@ -211,7 +211,7 @@ def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / best
 
 
-def _cpu_memory() -> int:
+def cpu_memory() -> int:
     """Bytes of memory of this machine, or of the group of processes it is limited to."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")

@@ -51,6 +51,8 @@ def load_backbone(
         ConfigError: an option that the backbone has not got.
     """
     text, drawn = str(name).removeprefix(RANDOM), str(name).startswith(RANDOM)
+    if text in ("", HUGGING_FACE):
+        raise ConfigError("names no model", where=f"--checkpoint {name!s}", fix="add a folder or a name")
     backbone: Backbone
     if text.startswith(HUGGING_FACE):
         backbone = open_huggingface(
