@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from toto.report.plots import FAINT, add_legend, smoothed, style
 from toto.runtime.errors import ConfigError
@@ -186,7 +187,7 @@ def _draw_curves(axes: Axes, losses: Losses, rows: Sequence[dict[str, float]]) -
 
 def _draw_positions(axes: Axes, losses: Losses, modality: str) -> None:
     style(axes, f"Loss by frame, {modality} sequences", "frame", losses.unit)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     mine = [row for row in losses.positions if modality in row]
     chosen = sorted({round(n * (len(mine) - 1) / max(1, ROWS_OF_POSITIONS - 1)) for n in range(ROWS_OF_POSITIONS)})
     for rank, number in enumerate(chosen):
