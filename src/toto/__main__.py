@@ -18,7 +18,7 @@ VERBS = {
     "shards": "look into stores of tokens, check, merge, split or export them",
     "plan": "parameters, FLOPs, memory, hours and storage of a run, before it is run",
     "train": "pre-train a model on shards, or continue",
-    "evaluate": "probe, bits or patches: what a checkpoint knows, as numbers",
+    "evaluate": "image, video, bits or patches: what a checkpoint knows, as numbers",
     "finetune": "a classifier of a checkpoint and labelled files: probes beside next tokens, or in full",
     "predict": "what files show, by a fine-tuned classifier",
     "study": "several models pre-trained and read out alike, in one table",

@@ -63,7 +63,7 @@ class ProbeOptions:
             features is in memory.
         cache: keep the features on disk for the next time, in this folder, which is for one backbone, or `auto`.
         cache_gb: most that the cache may take.
-        cache_tokens: keep the means of so many runs of neighbouring tokens there, instead of all tokens.
+        cache_tokens: keep the means of so many runs of neighbouring tokens of a clip, instead of all tokens.
         augment: show other parts of the training clips in every epoch, mirrored or not; needs `--features streamed`.
         batch: clips in one pass of the trunk.
         precision: auto, bf16 or fp32, of the trunk.
