@@ -44,10 +44,10 @@ def test_patch_patch_from_pixels_to_numbers(shards, media_folder, tmp_path, caps
     words = ["train", "nano", "--out", out, "--data", kept, f"image:{kept}", "--heldout", kept, *SMALL, "pixels"]
     step = loop._step
 
-    def stop_at_three(state):
+    def stop_at_three(state, stop):
         if state.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(state)
+        return step(state, stop)
 
     monkeypatch.setattr(loop, "_step", stop_at_three)
     assert run(*words) == 130
