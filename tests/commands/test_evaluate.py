@@ -7,9 +7,9 @@ import shutil
 
 import numpy as np
 import pytest
+from command_words import refused, run
 from conftest import make_photo, make_video
 
-from toto.__main__ import main
 from toto.evaluation.result import load_result
 
 SMALL = (
@@ -17,18 +17,6 @@ SMALL = (
     "--model.heads", 2, "--model.mlp-hidden", 48, "--eval-every", 9, "--save-every", 9, "--log-every", 1,
 )  # fmt: skip
 QUICK = ("--probe.epochs", 2, "--probe.heads", 2)
-
-
-def run(*words):
-    return main([str(word) for word in words])
-
-
-def refused(capsys, *words):
-    capsys.readouterr()
-    assert run(*words) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("toto: ")
-    return line
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import os
 import signal
 
 import pytest
+from command_words import refused, run
 
-from toto.__main__ import main
 from toto.evaluation.result import load_result
 from toto.training import loop
 
@@ -16,18 +16,6 @@ SMALL = (
     "--model.heads", 2, "--model.mlp-hidden", 48, "--eval-every", 3, "--save-every", 3, "--log-every", 1,
     "--model.inputs", "patches", "--model.targets",
 )  # fmt: skip
-
-
-def run(*words):
-    return main([str(word) for word in words])
-
-
-def refused(capsys, *words):
-    capsys.readouterr()
-    assert run(*words) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("toto: ")
-    return line
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from command_words import refused, run
 from conftest import make_photo, make_video
 from PIL import Image
 
-from toto.__main__ import main
 from toto.model.config import ModelConfig
 from toto.model.transformer import Transformer
 from toto.model.weights import Card, save_model
@@ -20,18 +20,6 @@ QUICK = (
     "--epochs", 2, "--batch", 2, "--micro-batch", 2, "--head.heads", 2, "--frame-size", 32, "--validate-every", 2,
     "--stored-views", 0, "--validation", 0.25,
 )  # fmt: skip
-
-
-def run(*words):
-    return main([str(word) for word in words])
-
-
-def refused(capsys, *words, code=2):
-    capsys.readouterr()
-    assert run(*words) == code
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("toto: ")
-    return line
 
 
 @pytest.fixture(scope="module")

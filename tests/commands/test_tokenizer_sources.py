@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from command_words import refused, run
 from conftest import make_photo, make_video
 
-from toto.__main__ import main
 from toto.media.decode import read_media
 from toto.media.ledger import count_by_status
 from toto.tokens.shards import read_ledger
@@ -20,18 +20,6 @@ QUICK = (
     "--model.encoder.blocks", 1, 1, "--model.decoder.widths", 8, 8, "--model.decoder.hidden", 8, 8,
     "--model.decoder.blocks", 1, 1,
 )  # fmt: skip
-
-
-def run(*words):
-    return main([str(word) for word in words])
-
-
-def refused(capsys, *words):
-    capsys.readouterr()
-    assert run(*words) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("toto: ")
-    return line
 
 
 @pytest.fixture(scope="module")

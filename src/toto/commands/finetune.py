@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from toto.commands.parsing import parse, take_word
+from toto.commands.parsing import options_with, parse, take_word
 from toto.commands.printing import classes_line
 from toto.evaluation.finetune import CLASSIFIER, RESULT, finetune
 from toto.evaluation.finetune_config import FinetuneConfig
@@ -61,24 +58,10 @@ class Options:
     resume: bool = False
 
 
-def options_with(recipe: FinetuneConfig) -> type[Options]:
-    """The options with every value of the recipe beside them, to be changed one by one."""
-    flat = Annotated[FinetuneConfig, tyro.conf.arg(name=""), tyro.conf.SuppressFixed]
-    kind = dataclasses.make_dataclass(
-        "RecipeOptions",
-        [("recipe", flat, dataclasses.field(default=recipe))],
-        bases=(Options,),
-        frozen=True,
-        kw_only=True,
-    )
-    kind.__doc__ = Options.__doc__
-    return kind
-
-
 def run(words: list[str]) -> None:
     """Parse, fine-tune, test, and print the layers' accuracies."""
     name, rest = take_word(words, verb="finetune", what="RECIPE", known=list(RECOGNITION))
-    options = parse(options_with(RECOGNITION[name]()), rest, verb=f"finetune {name}")
+    options = parse(options_with(Options, RECOGNITION[name]()), rest, verb=f"finetune {name}")
     recipe: FinetuneConfig = vars(options)["recipe"]
     train, test = labelled(options, recipe)
     result = finetune(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -14,6 +15,15 @@ from toto.training.mixture import MixtureChange
 from toto.training.source import SourceConfig
 
 Options = TypeVar("Options")
+
+
+def options_with(options: type[Options], recipe: Any) -> type[Options]:
+    """The options with every value of a recipe beside them, as `recipe`, to be changed one by one."""
+    flat = Annotated[type(recipe), tyro.conf.arg(name=""), tyro.conf.SuppressFixed]  # type: ignore[valid-type]
+    fields = [("recipe", flat, dataclasses.field(default=recipe))]
+    kind = dataclasses.make_dataclass("RecipeOptions", fields, bases=(options,), frozen=True, kw_only=True)
+    kind.__doc__ = options.__doc__
+    return kind
 
 
 def parse(kind: type[Options], words: list[str], *, verb: str) -> Options:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from toto.commands.parsing import parse, take_word
+from toto.commands.parsing import options_with, parse, take_word
 from toto.recipes import PRETRAINING
 from toto.runtime.errors import ConfigError
 from toto.runtime.machine import Machine, machine
@@ -46,19 +43,10 @@ class Options:
             raise ConfigError(f"must be positive, is {self.dollars_per_hour}", where="--dollars-per-hour")
 
 
-def options_with(recipe: TrainConfig) -> type[Options]:
-    """The options with every value of the recipe beside them, to be changed one by one."""
-    flat = Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.SuppressFixed]
-    fields = [("recipe", flat, dataclasses.field(default=recipe))]
-    kind = dataclasses.make_dataclass("PlanOptions", fields, bases=(Options,), frozen=True, kw_only=True)
-    kind.__doc__ = Options.__doc__
-    return kind
-
-
 def run(words: list[str]) -> bool:
     """Parse, work it out and print it; returns whether it doesn't fit."""
     name, rest = take_word(words, verb="plan", what="RECIPE", known=list(PRETRAINING))
-    options = parse(options_with(PRETRAINING[name]()), rest, verb=f"plan {name}")
+    options = parse(options_with(Options, PRETRAINING[name]()), rest, verb=f"plan {name}")
     recipe: TrainConfig = vars(options)["recipe"]
     kind = machine(options.machine)
     devices = _devices(recipe, kind) if options.gpus is None else options.gpus

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from toto.commands.finetune import Options as FinetuneOptions
 from toto.commands.finetune import labelled
-from toto.commands.parsing import parse, parse_source, take_word
+from toto.commands.parsing import options_with, parse, parse_source, take_word
 from toto.evaluation.finetune import RESULT, finetune
 from toto.evaluation.finetune_config import FinetuneConfig
 from toto.evaluation.result import Metric, Result, load_result
@@ -63,19 +61,10 @@ class Options:
     tokenizer: str = EMBEDDED
 
 
-def options_with(recipe: ResolutionStudy) -> type[Options]:
-    """The options with every value of the study beside them, to be changed one by one."""
-    flat = Annotated[ResolutionStudy, tyro.conf.arg(name=""), tyro.conf.SuppressFixed]
-    fields = [("recipe", flat, dataclasses.field(default=recipe))]
-    kind = dataclasses.make_dataclass("StudyOptions", fields, bases=(Options,), frozen=True, kw_only=True)
-    kind.__doc__ = Options.__doc__
-    return kind
-
-
 def run(words: list[str]) -> None:
     """Parse, pre-train what isn't there yet, read out, and print the table."""
     name, rest = take_word(words, verb="study", what="NAME", known=list(STUDIES))
-    options = parse(options_with(STUDIES[name]()), rest, verb=f"study {name}")
+    options = parse(options_with(Options, STUDIES[name]()), rest, verb=f"study {name}")
     study: ResolutionStudy = vars(options)["recipe"]
     coarse, fine = parse_source(options.coarse), parse_source(options.fine)
     stores = TokenStore(coarse.path), TokenStore(fine.path)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
-from toto.commands.parsing import parse, parse_change, parse_source, take_word
+from toto.commands.parsing import options_with, parse, parse_change, parse_source, take_word
 from toto.evaluation.likelihood import heldout_evaluation
 from toto.media.ledger import summary
 from toto.recipes import PRETRAINING
@@ -50,20 +50,6 @@ class Options:
     wandb: str | None = None
 
 
-def options_with(recipe: TrainConfig) -> type[Options]:
-    """The options with every value of the recipe beside them, to be changed one by one."""
-    flat = Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.SuppressFixed]
-    kind = dataclasses.make_dataclass(
-        "RecipeOptions",
-        [("recipe", flat, dataclasses.field(default=recipe))],
-        bases=(Options,),
-        frozen=True,
-        kw_only=True,
-    )
-    kind.__doc__ = Options.__doc__
-    return kind
-
-
 def count_all_inputs(data: DataConfig) -> list[dict[str, Any]]:
     """What became of the inputs of every source: those whose videos are shorter than T are short here."""
     return [
@@ -84,7 +70,7 @@ def count_all_inputs(data: DataConfig) -> list[dict[str, Any]]:
 def run(words: list[str]) -> None:
     """Parse, train, and print where the model is and what it reached."""
     name, rest = take_word(words, verb="train", what="RECIPE", known=list(PRETRAINING))
-    options = parse(options_with(PRETRAINING[name]()), rest, verb=f"train {name}")
+    options = parse(options_with(Options, PRETRAINING[name]()), rest, verb=f"train {name}")
     recipe: TrainConfig = vars(options)["recipe"]
     sources = tuple(parse_source(text) for text in options.data)
     schedule: list[MixtureChange] = []
