@@ -109,6 +109,8 @@ def test_two_processes_have_the_losses_of_one(config, tmp_path):
     for name in ways:
         assert_same_run(tmp_path / name, tmp_path / "short")
         assert_same_weights(tmp_path / name, tmp_path / "short")
+        sixth = Path("checkpoints", "step-00000006")  # written while the next steps were taken
+        assert_same_weights(tmp_path / name / sixth, tmp_path / "short" / sixth)
 
 
 def test_three_processes_and_checkpoints_that_any_number_goes_on_from(config, tmp_path):

@@ -92,12 +92,12 @@ class Saver:
         if step == self._last:
             return
         self.wait()
-        weights = whole_weights_of(model) if self._ranks.world > 1 else None
+        weights = self._whole_weights(model) if self._ranks.world > 1 else None
         state = _state(model, optimizer)
         if self._background:
             state = _copied(state)
         if weights is None:
-            weights = {name: weight for name, weight in state["model"].items() if isinstance(weight, Tensor)}
+            weights = state["model"]
         self._last = step
         write = partial(self._write, state, weights, model.config, card, step)
         if not self._background:
@@ -139,41 +139,40 @@ class Saver:
     ) -> None:
         """Write a checkpoint aside, rename it, and delete those that are not to be kept."""
         folder, together = self._run / "checkpoints" / f"step-{step:08d}", self._ranks.beside
-        if together is None:
-            with folder_written_aside(folder) as aside:
-                save_weights(aside, weights, config, card)
-                with _quiet():
-                    save(state, checkpoint_id=str(aside / TRAINER), no_dist=True)
-                _write_checksums(aside, sorted(path for path in aside.rglob("*") if path.is_file()), {})
-            self._delete_old()
-            return
-        told: list[Any] = [None]
         with folder_written_aside(folder) if self._ranks.first else contextlib.nullcontext() as opened:
-            told[0] = opened
-            dist.broadcast_object_list(told, src=0, group=together)
+            told: list[Any] = [opened]
+            if together is not None:
+                dist.broadcast_object_list(told, src=0, group=together)
             aside = told[0]
-            with writing(folder):
-                save(state, checkpoint_id=str(aside / TRAINER), process_group=together)
-            mine = sorted((aside / TRAINER).glob(f"__{self._ranks.rank}_*"))
-            hashes: list[Any] | None = [None] * self._ranks.world if self._ranks.first else None
-            dist.gather_object(_hashes(aside, mine), hashes, dst=0, group=together)
-            if hashes is not None:
+            with writing(folder), _quiet():
+                save(state, checkpoint_id=str(aside / TRAINER), process_group=together, no_dist=together is None)
+            mine = _hashes(aside, sorted((aside / TRAINER).glob(f"__{self._ranks.rank}_*")))
+            hashes = [mine] * self._ranks.world  # as many places as processes
+            if together is not None:
+                dist.gather_object(mine, hashes if self._ranks.first else None, dst=0, group=together)
+            if self._ranks.first:
                 save_weights(aside, weights, config, card)
                 known = {name: sha256 for part in hashes for name, sha256 in part.items()}
-                others = sorted(path for path in aside.rglob("*") if path.is_file())
-                _write_checksums(aside, [path for path in others if _name(aside, path) not in known], known)
+                others = [path for path in aside.rglob("*") if path.is_file() and _name(aside, path) not in known]
+                write_json(aside / CHECKSUMS, dict(sorted((_hashes(aside, others) | known).items())))
         if self._ranks.first:
             self._delete_old()
-        dist.barrier(group=together)  # it lies there when anybody says so
+        if together is not None:
+            dist.barrier(group=together)  # it lies there when anybody says so
+
+    def _whole_weights(self, model: CausalModel) -> dict[str, Tensor]:
+        """A copy of the weights that processes share among them, in the first one; all of them call this."""
+        whole: dict[str, Tensor] = {}
+        for name, weight in model.named_parameters():
+            gathered = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            if self._ranks.first:
+                whole[name] = gathered.detach().to("cpu", copy=True)  # one that isn't divided would go on changing
+        return whole
 
     def _delete_old(self) -> None:
         for old in checkpoints(self._run)[: -self._keep]:
             if not self._keep_every or int(old.name.removeprefix("step-")) % self._keep_every:
                 shutil.rmtree(old)
-
-
-def _write_checksums(aside: Path, files: list[Path], known: dict[str, str]) -> None:
-    write_json(aside / CHECKSUMS, dict(sorted((_hashes(aside, files) | known).items())))
 
 
 def _hashes(folder: Path, files: list[Path]) -> dict[str, str]:
@@ -182,14 +181,6 @@ def _hashes(folder: Path, files: list[Path]) -> dict[str, str]:
 
 def _name(folder: Path, path: Path) -> str:
     return path.relative_to(folder).as_posix()
-
-
-def whole_weights_of(model: CausalModel) -> dict[str, Tensor]:
-    """The weights of a model that is laid over several processes, gathered; all of them call this."""
-    return {
-        name: weight.full_tensor().cpu() if isinstance(weight, DTensor) else weight
-        for name, weight in model.named_parameters()
-    }
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
