@@ -17,6 +17,7 @@ import torch
 from rank_jobs import Job
 
 import toto
+from toto.model.baselines.config import GPT2Config, MambaConfig
 from toto.model.config import ModelConfig
 from toto.model.weights import newest_checkpoint
 from toto.runtime.errors import ConfigError
@@ -100,12 +101,23 @@ def test_two_processes_have_the_losses_of_one(config, tmp_path):
             "full": {"checkpointing": "full", "strategy": "ddp"},
         }.items()
     }
-    others = {"two": config, "tied-two": tied, "bf16-two": bf16} | ways
+    fsdp = ParallelConfig(timeout=60, strategy="fsdp")
+    baselines = {
+        "gpt2": replace(short, model=GPT2Config(width=32, layers=2, heads=2, mlp_hidden=64)),
+        "mamba": replace(short, model=MambaConfig(width=32, layers=2)),
+    }
+    for name, each in baselines.items():
+        alone(each, tmp_path / name)
+    laid = {f"{name}-two": replace(each, parallel=fsdp) for name, each in baselines.items()}
+    laid["gpt2-two"] = replace(laid["gpt2-two"], parallel=replace(fsdp, checkpointing="full"))
+    others = {"two": config, "tied-two": tied, "bf16-two": bf16} | ways | laid
     run_ranks(2, [Job(config=each, out=tmp_path / name) for name, each in others.items()], tmp_path)
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert_same_weights(tmp_path / "two", tmp_path / "one")
     assert_same_run(tmp_path / "tied-two", tmp_path / "tied")
     assert rows(tmp_path / "bf16-two", "train/loss") == pytest.approx(rows(tmp_path / "bf16", "train/loss"), rel=5e-3)
+    for name in baselines:
+        assert_same_run(tmp_path / f"{name}-two", tmp_path / name)
     for name in ways:
         assert_same_run(tmp_path / name, tmp_path / "short")
         assert_same_weights(tmp_path / name, tmp_path / "short")
@@ -158,6 +170,12 @@ def test_an_error_that_all_have_is_told_by_each(config, tmp_path):
     for rank in (0, 1):
         (line,) = [line for line in done.stderr.splitlines() if line.startswith(f"toto (rank {rank} of 2): ")]
         assert "already holds a run" in line
+
+
+def test_what_wraps_blocks_is_refused_where_they_are_not_called(config, tmp_path):
+    mamba = replace(config, model=MambaConfig(width=32, layers=2), parallel=ParallelConfig(checkpointing="full"))
+    with pytest.raises(ConfigError, match="can't be wrapped; leave them out"):
+        train(mamba, tmp_path / "run")
 
 
 def test_a_batch_is_divided_among_processes(config, tmp_path, monkeypatch):

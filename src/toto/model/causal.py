@@ -79,6 +79,11 @@ class CausalModel(nn.Module, ABC):
         """Draw all weights anew."""
 
     @property
+    def calls_blocks(self) -> bool:
+        """Whether the trunk calls its blocks; one that reaches into them can't have them wrapped one by one."""
+        return True
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.embedding.weight.device

@@ -88,6 +88,12 @@ def laid_out(
     Raises:
         ConfigError: processes that can't be arranged so.
     """
+    if not model.calls_blocks and (config.checkpointing != "none" or config.compile):
+        raise ConfigError(
+            f"blocks of a {model.config.kind} model with its own scan can't be wrapped",
+            where="--parallel.checkpointing and --parallel.compile",
+            fix="leave them out, or use --model.scan transformers",
+        )
     for block in model.blocks:
         forward: Callable[..., Any] = block.forward
         if config.checkpointing != "none":
@@ -103,7 +109,7 @@ def laid_out(
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if gathered_in_bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for block in model.blocks:
+    for block in model.blocks if model.calls_blocks else ():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.strategy != "ddp")
     fully_shard(learner, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     return learner
@@ -150,9 +156,9 @@ def _recomputed(forward: Callable[..., Any], *, selective: bool) -> Callable[...
     if selective:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
 
-    def forward_again(*inputs: Any) -> Any:
+    def forward_again(*inputs: Any, **named: Any) -> Any:
         if not torch.is_grad_enabled():
-            return forward(*inputs)
-        return checkpoint(forward, *inputs, **options)
+            return forward(*inputs, **named)
+        return checkpoint(forward, *inputs, **options, **named)
 
     return forward_again

@@ -104,6 +104,11 @@ class Mamba(CausalModel):
             for name, weight in self.named_parameters()
         }
 
+    @property
+    def calls_blocks(self) -> bool:
+        """Our own scan takes the blocks' parts."""
+        return self.config.scan == "transformers"
+
     def trunk(
         self,
         tokens: Int64[Tensor, "B S"],
