@@ -174,6 +174,8 @@ def test_data_that_would_mislead_is_refused(photos, clips, trained, tokenizer_fo
     assert "1 of 5 items are training items, too (b/copy.jpg is a/2.jpg)" in line
     assert "--allow-overlap" in line
     assert run(*both, "--allow-overlap") == 0
+    assert run("evaluate", "image", *words, photos / "train", "--test", photos / "test", "--limit", 2) == 0
+    assert "accuracy is over 4 evaluated of 4 offered" in capsys.readouterr().out  # two of each of the two classes
     line = refused(capsys, "evaluate", "image", *words, photos / "train", "--augment")
     assert "add --features streamed" in line
     line = refused(capsys, "evaluate", "image", *words, photos / "train", "--plot", tmp_path / "p.pdf")

@@ -253,6 +253,17 @@ def test_a_checkpoint_by_name_and_its_random_twin(checkpoint, tokenizer_folder, 
         load_backbone(checkpoint, tokenizer=tokenizer, frames=8)
 
 
+def test_a_batch_goes_through_the_tokenizer_at_once(checkpoint, tokenizer, monkeypatch):
+    """On processors a tokenizer fills every call up to a whole number of chunks."""
+    backbone = load_backbone(checkpoint, tokenizer=tokenizer, precision="fp32", device="cpu")
+    calls, encode = [], backbone.tokenizer.encode
+    monkeypatch.setattr(backbone.tokenizer, "encode", lambda frames: calls.append(len(frames)) or encode(frames))
+    clips = frames_of(3)
+    together = backbone.features(clips)[2]
+    assert calls == [3 * 4]
+    torch.testing.assert_close(together, torch.cat([backbone.features(clip[None])[2] for clip in clips]))
+
+
 def test_an_absent_and_a_strange_tokenizer_are_told_apart(checkpoint, tmp_path):
     with pytest.raises(CheckpointError, match=r"its tokenizer is absent: no tokenizer here .*--tokenizer FOLDER"):
         load_backbone(checkpoint, tokenizer=tmp_path / "nowhere")

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_video
 
-from toto.evaluation.labelled import catalog_clips, split_by_share
+from toto.evaluation.labelled import catalog_clips, procedural_clips, split_by_share
 from toto.media.decode import read_clip
 from toto.media.ledger import count_by_status
 from toto.runtime.errors import ConfigError, MediaError, ShortMediaError
@@ -117,3 +117,14 @@ def test_labels_are_needed_and_damage_is_named(videos, tmp_path):
     clips = catalog_clips(f"list:{tmp_path / 'l.txt'}", frames=4, stride=1)
     with pytest.raises(MediaError, match="can't be decoded"):
         clips.read(clips.ids.index(str(tmp_path / "bad.mp4")))
+
+
+def test_the_first_of_each_class_keep_their_order():
+    clips = procedural_clips(0, 20, frames=2, size=16)
+    some = clips.first_of_each(2)
+    assert some.labels == (*range(6), *range(6))
+    assert some.ids == clips.ids[:12]
+    assert some.read(7).source == clips.read(7).source
+    assert some.name == "procedural motion, seed 0, at most 2 of each class"
+    with pytest.raises(ConfigError, match=r"--limit: must be at least 1, is 0"):
+        clips.first_of_each(0)

@@ -52,6 +52,7 @@ class ProbeOptions:
         test_share: the share that is held back.
         procedural_clips: how many procedural clips are made for training; a third as many for testing.
         allow_overlap: test on items that are training items, too, byte for byte.
+        limit: train on so many clips of each class at most, and test on so many; None takes all.
         out: write the result record to this JSON file.
         plot: write accuracy by layer with intervals to this SVG or PNG file.
         tokenizer: "embedded", or a tokenizer folder; a model with patch inputs needs none.
@@ -81,6 +82,7 @@ class ProbeOptions:
     test_share: float = 0.3
     procedural_clips: int = 480
     allow_overlap: bool = False
+    limit: int | None = None
     out: Path | None = None
     plot: Path | None = None
     tokenizer: str = EMBEDDED
@@ -190,6 +192,8 @@ def evaluate_probe(options: ProbeOptions, task: str = "probe") -> Result:
     train, test = _clips(options, backbone, stride=options.stride or backbone.stride)
     if task != "probe" and task != train.modality:
         raise ConfigError(f"holds {train.modality}s", where=train.name, fix=f"use `toto evaluate {train.modality}`")
+    if options.limit is not None:
+        train, test = train.first_of_each(options.limit), test.first_of_each(options.limit)
     if not options.allow_overlap:
         require_apart(train, test)
     backbone.modality = train.modality

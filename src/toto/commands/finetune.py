@@ -101,7 +101,7 @@ def labelled(options: Options, recipe: FinetuneConfig) -> tuple[LabelledClips, L
     if test.modality != train.modality:
         raise ConfigError(f"holds {test.modality}s, {train.name} holds {train.modality}s", where=test.name)
     if options.limit is not None:
-        train, test = _first_of_each(train, options.limit), _first_of_each(test, options.limit)
+        train, test = train.first_of_each(options.limit), test.first_of_each(options.limit)
     if not options.allow_overlap:
         require_apart(train, test)
     return train, test
@@ -137,16 +137,3 @@ def _cell(metric: Metric) -> str:
     assert metric.low is not None
     assert metric.high is not None
     return f"{100 * metric.value:.1f} [{100 * metric.low:.1f}, {100 * metric.high:.1f}]"
-
-
-def _first_of_each(clips: LabelledClips, most: int) -> LabelledClips:
-    """At most so many items of each class, the first ones."""
-    if most < 1:
-        raise ConfigError(f"must be at least 1, is {most}", where="--limit")
-    counts = dict.fromkeys(range(len(clips.classes)), 0)
-    kept = []
-    for number, label in enumerate(clips.labels):
-        counts[label] += 1
-        if counts[label] <= most:
-            kept.append(number)
-    return clips.subset(kept)

@@ -159,7 +159,8 @@ class TotoBackbone(Backbone):
         """One pass of the frozen trunk over the clips' sequences."""
         patches = None
         if self.tokenizer is not None:
-            codes = torch.stack([self.tokenizer.encode(clip) for clip in frames])
+            found = self.tokenizer.encode(frames.flatten(0, 1))
+            codes = found.reshape(*frames.shape[:2], *found.shape[1:])
         else:
             codes = torch.zeros((*frames.shape[:2], *self.grid), dtype=torch.int64)  # the model doesn't look at them
             patches = patchify(frames.to(self.model.device), *self.grid)

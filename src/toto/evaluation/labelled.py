@@ -77,6 +77,18 @@ class LabelledClips:
             items=tuple(self.items[number] for number in numbers) if self.items else (),
         )
 
+    def first_of_each(self, most: int) -> LabelledClips:
+        """At most so many clips of each class, the first ones."""
+        if most < 1:
+            raise ConfigError(f"must be at least 1, is {most}", where="--limit")
+        counts = dict.fromkeys(range(len(self.classes)), 0)
+        kept = []
+        for number, label in enumerate(self.labels):
+            counts[label] += 1
+            if counts[label] <= most:
+                kept.append(number)
+        return replace(self.subset(kept), name=f"{self.name}, at most {most} of each class")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Extracted:
