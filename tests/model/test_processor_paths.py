@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -10,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from toto.model import blockwise
+from toto.model import blockwise, fused
 from toto.model.blockwise import blockwise_attention
-from toto.model.fused import normed, swiglu
+from toto.model.fused import linear, normed, normed_linear, swiglu_linear, weights_cast_once
 from toto.model.layers import rotary_angles, rotate
 
 
@@ -71,19 +72,79 @@ def test_the_operators_keep_torchs_rules():
 
 def test_norm_and_swiglu_have_the_gradients_of_the_formulas():
     torch.manual_seed(0)
-    norm = nn.RMSNorm(6, eps=1e-5).double()
+    norm, up, down = (
+        nn.RMSNorm(6, eps=1e-5).double(),
+        nn.Linear(6, 8, bias=False).double(),
+        nn.Linear(4, 6, bias=False).double(),
+    )
     norm.weight.data.normal_()
     x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(normed(x, norm), norm(x), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(
-        torch.autograd.grad(normed(x, norm).sin().sum(), [x, norm.weight]),
-        torch.autograd.grad(norm(x).sin().sum(), [x, norm.weight]),
-        atol=1e-6,
-        rtol=1e-6,
+
+    def plain(x):
+        gate, rest = up(norm(x)).chunk(2, dim=-1)
+        return norm(x), down(F.silu(gate) * rest)
+
+    def ours(x):
+        return normed(x, norm), swiglu_linear(normed_linear(x, norm, up), down)
+
+    for found, expected in zip(ours(x), plain(x), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    wanted = [x, norm.weight, up.weight, down.weight]
+    of_ours, of_plain = (torch.autograd.grad(sum(out.sin().sum() for out in way(x)), wanted) for way in (ours, plain))
+    torch.testing.assert_close(of_ours, of_plain, atol=1e-6, rtol=1e-6)
+    gate_up = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda gate_up, weight: F.linear(swiglu_linear(gate_up, down), weight), (gate_up, up.weight)
     )
-    assert torch.autograd.gradcheck(swiglu, x)
-    gate, up = x.chunk(2, dim=-1)
-    torch.testing.assert_close(swiglu(x), F.silu(gate) * up)
+
+
+def test_in_bf16_norm_and_swiglu_are_as_near_to_fp64_as_the_plain_way():
+    torch.manual_seed(0)
+    norm, up, down = nn.RMSNorm(64, eps=1e-5), nn.Linear(64, 128, bias=False), nn.Linear(64, 64, bias=False)
+    norm.weight.data.normal_(1, 0.1)
+    x, gradient = torch.randn(40, 64), torch.randn(40, 64)
+
+    def plain(x, norm, up, down):
+        gate, rest = up(norm(x)).chunk(2, dim=-1)
+        return down(F.silu(gate) * rest)
+
+    def ours(x, norm, up, down):
+        return swiglu_linear(normed_linear(x, norm, up), down)
+
+    def gradients(way, dtype):
+        layers = [copy.deepcopy(layer).to(dtype) for layer in (norm, up, down)]
+        given = x.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            out = way(given, *layers)
+        out.backward(gradient.to(out.dtype))
+        return [out.detach(), given.grad, *(layer.weight.grad for layer in layers)]
+
+    exact = gradients(plain, torch.float64)
+    for right, found, other in zip(exact, gradients(ours, torch.float32), gradients(plain, torch.float32), strict=True):
+        assert found.dtype == other.dtype
+        assert (found - right).norm() < 1.3 * (other - right).norm()
+
+
+def test_weights_are_cast_once_for_several_passes():
+    layer = nn.Linear(4, 4, bias=False)
+    x = torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        expected.sum().backward()
+        (2 * layer(x)).sum().backward()
+    once, layer.weight.grad = layer.weight.grad.clone(), None
+    with weights_cast_once(), torch.autocast("cpu", torch.bfloat16):
+        for factor in (1, 2):
+            out = linear(x, layer)
+            assert out.equal(expected)
+            (factor * out).sum().backward()
+            assert len(fused._casts) == 1
+    assert fused._casts is None
+    assert layer.weight.grad.equal(once)
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not linear(x, layer).equal(expected)
 
 
 def test_a_norm_gives_what_the_product_after_it_takes():

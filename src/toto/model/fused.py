@@ -1,10 +1,14 @@
-"""RMSNorm and SwiGLU for processors without a compiler: they keep their inputs alone for the backward pass.
+"""The block's norms, SwiGLU and matrix products for processors without a compiler.
 
-On GPUs torch has such a norm, and torch.compile makes both; there the plain formulas are used.
+What a product takes is made again from its own inputs in the backward pass where that is a pass over memory only: of a
+norm and the product after it, the residual stream is kept; of SwiGLU and the product after it, gate and up. On GPUs
+torch has such a norm, and torch.compile fuses the rest; there the plain formulas are used.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toto.runtime.device import product_dtype
+
+_casts: dict[int, tuple[Tensor, Tensor]] | None = None
+
+
+@contextlib.contextmanager
+def weights_cast_once() -> Iterator[None]:
+    """Within the block, a weight is cast to the precision of products once, however many forward passes take it."""
+    global _casts
+    before, _casts = _casts, {}
+    try:
+        yield
+    finally:
+        _casts = before
+
+
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """`layer(x)`, whose weight may have been cast before."""
+    if not _by_hand(x):
+        return layer(x)  # type: ignore[no-any-return]
+    return F.linear(x, _weight_of(layer, x), layer.bias)
 
 
 def normed(x: Tensor, norm: nn.Module) -> Tensor:
@@ -24,12 +48,20 @@ def normed(x: Tensor, norm: nn.Module) -> Tensor:
     return out
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up` of `[..., 2 M]`, gate first."""
+def normed_linear(x: Tensor, norm: nn.RMSNorm, layer: nn.Linear) -> Tensor:
+    """`layer(norm(x))` of a layer without bias."""
+    if norm.eps is None or not _by_hand(x):
+        return layer(normed(x, norm))  # type: ignore[no-any-return]
+    out: Tensor = _NormedLinear.apply(x, norm.weight, norm.eps, _weight_of(layer, x))  # type: ignore[no-untyped-call]
+    return out
+
+
+def swiglu_linear(gate_up: Tensor, layer: nn.Linear) -> Tensor:
+    """`layer(silu(gate) * up)` of `[..., 2 M]`, gate first, and a layer without bias."""
     if not _by_hand(gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    out: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
+        return layer(F.silu(gate) * up)  # type: ignore[no-any-return]
+    out: Tensor = _SwiGLULinear.apply(gate_up, _weight_of(layer, gate_up))  # type: ignore[no-untyped-call]
     return out
 
 
@@ -37,43 +69,98 @@ def _by_hand(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def _weight_of(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A layer's weight as products of x take it; gradients flow to the layer's own."""
+    weight, wanted = layer.weight, product_dtype(x)
+    if weight.dtype == wanted:
+        return weight
+    if _casts is None or not torch.is_grad_enabled():
+        return weight.to(wanted)
+    if id(weight) not in _casts:
+        _casts[id(weight)] = weight, weight.to(wanted)
+    return _casts[id(weight)][1]
+
+
+def _rms(x: Tensor, weight: Tensor, eps: float, result: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The norm in fp32, and the factor of each row."""
+    scale = x.float().square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight).to(result), scale
+
+
+def _rms_backward(
+    grad: Tensor, x: Tensor, units: Tensor, scale: Tensor, weight: Tensor, *, wants_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and of the weight; `units` are x times its rows' factors, and are used up."""
+    gradient = grad.float()
+    grad_weight = None
+    if wants_weight:
+        grad_weight = (gradient * units).flatten(0, -2).sum(0).to(weight.dtype)
+    grad_x = gradient * weight
+    along = torch.linalg.vecdot(grad_x, units)[..., None].div_(x.shape[-1])
+    return grad_x.addcmul_(units, along, value=-1).mul_(scale).to(x.dtype), grad_weight
+
+
+def _product_backward(grad: Tensor, x: Tensor, weight: Tensor, *, wants_weight: bool) -> Tensor | None:
+    """The gradient of the weight of a product of x; `[..., M]`, `[..., D]` -> `[M, D]`."""
+    return (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype) if wants_weight else None
+
+
 class _RMSNorm(torch.autograd.Function):
     """In fp32, whatever comes and goes; keeps x and a number for each of its rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, result: torch.dtype) -> Tensor:
-        scale = x.float().square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        out, scale = _rms(x, weight, eps, result)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(result)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        gradient = grads[0].float()
+        wants_weight = ctx.needs_input_grad[1]
+        return *_rms_backward(grads[0], x, x * scale, scale, weight, wants_weight=wants_weight), None, None
+
+
+class _NormedLinear(torch.autograd.Function):
+    """Keeps what `_RMSNorm` does; the norm's result is made again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
+        normed, scale = _rms(x, norm, eps, weight.dtype)
+        ctx.save_for_backward(x, norm, scale, weight)
+        return F.linear(normed, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm, scale, weight = ctx.saved_tensors
         units = x * scale
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (gradient * units).flatten(0, -2).sum(0).to(weight.dtype)
-        grad_x = gradient * weight
-        along = torch.linalg.vecdot(grad_x, units)[..., None].div_(x.shape[-1])
-        return grad_x.addcmul_(units, along, value=-1).mul_(scale).to(x.dtype), grad_weight, None, None
+        normed = (units * norm).to(weight.dtype)
+        grad_weight = _product_backward(grads[0], normed, weight, wants_weight=ctx.needs_input_grad[3])
+        del normed
+        grad_x, grad_norm = _rms_backward(
+            grads[0] @ weight, x, units, scale, norm, wants_weight=ctx.needs_input_grad[1]
+        )
+        return grad_x, grad_norm, None, grad_weight
 
 
-class _SwiGLU(torch.autograd.Function):
+class _SwiGLULinear(torch.autograd.Function):
     """Keeps gate and up."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
+    def forward(ctx: Any, gate_up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, weight)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return F.linear(F.silu(gate).mul_(up), weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate_up, weight = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
+        grad_hidden = grads[0] @ weight
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grads[0], out=grad_up)
-        torch.ops.aten.silu_backward(up * grads[0], gate, grad_input=grad_gate)
-        return grad_gate_up
+        hidden = F.silu(gate)
+        torch.mul(hidden, grad_hidden, out=grad_up)
+        grad_weight = _product_backward(grads[0], hidden.mul_(up), weight, wants_weight=ctx.needs_input_grad[1])
+        torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate, grad_input=grad_gate)
+        return grad_gate_up, grad_weight

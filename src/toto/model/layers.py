@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from toto.model.blockwise import attends_in_blocks, blockwise_attention
 from toto.model.cache import KeyValueCache
 from toto.model.config import ModelConfig
-from toto.model.fused import normed, swiglu
+from toto.model.fused import linear, normed_linear, swiglu_linear
 from toto.model.parametrisation import parametrisation
 
 
@@ -40,13 +40,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Float[Tensor, "B S D"], angles: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
-        """Attend to the same and earlier positions, those in the cache included."""
+    def forward(
+        self,
+        x: Float[Tensor, "B S D"],
+        norm: nn.RMSNorm,
+        angles: tuple[Tensor, Tensor],
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        """Attend, normed, to the same and earlier positions, those in the cache included."""
         B, S, D = x.shape
-        qkv = self.qkv(x)
+        qkv = normed_linear(x, norm, self.qkv)
         if cache is None and self.causal and attends_in_blocks(qkv):
-            out: Tensor = self.out(blockwise_attention(qkv, angles, self.heads, self.scale))
-            return out
+            return linear(blockwise_attention(qkv, angles, self.heads, self.scale), self.out)
         q, k, v = qkv.view(B, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is None:
@@ -56,7 +61,7 @@ class Attention(nn.Module):
             q = q.to(k.dtype)
             mask = None if S == 1 else causal_mask(S, k.shape[2], x.device)
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
-        return self.out(mixed.transpose(1, 2).reshape(B, S, D).to(x.dtype))  # type: ignore[no-any-return]
+        return linear(mixed.transpose(1, 2).reshape(B, S, D).to(x.dtype), self.out)
 
 
 class SwiGLU(nn.Module):
@@ -67,10 +72,9 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(config.width, 2 * config.mlp_hidden, bias=False)
         self.down = nn.Linear(config.mlp_hidden, config.width, bias=False)
 
-    def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
-        """Each position by itself."""
-        out: Tensor = self.down(swiglu(self.gate_up(x)))
-        return out
+    def forward(self, x: Float[Tensor, "B S D"], norm: nn.RMSNorm) -> Float[Tensor, "B S D"]:
+        """Each position by itself, normed."""
+        return swiglu_linear(normed_linear(x, norm, self.gate_up), self.down)
 
 
 class Block(nn.Module):
@@ -85,8 +89,8 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "B S D"], angles: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
         """One layer of the residual stream."""
-        x = x + self.attention(normed(x, self.attention_norm), angles, cache)
-        out: Tensor = x + self.mlp(normed(x, self.mlp_norm))
+        x = x + self.attention(x, self.attention_norm, angles, cache)
+        out: Tensor = x + self.mlp(x, self.mlp_norm)
         return out
 
 

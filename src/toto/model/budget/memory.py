@@ -158,8 +158,8 @@ def _block_saved(config: ModelConfig, shape: StepShape, checkpointing: Checkpoin
     if checkpointing == "selective":
         turned = E * 3 * D if blockwise else logsumexp
         return tokens * (residual + E * (3 * D + D + D + 2 * M + D) + turned)
-    norm = residual + statistic + E * D
-    mlp = E * (2 * M + M)  # gate and up as one; silu(gate) * up
+    norm = residual + statistic + (E * D if shape.fused_norm else 0)  # a processor makes its result again
+    mlp = E * (2 * M + (M if shape.fused_norm else 0))  # gate and up as one; silu(gate) * up, likewise
     if blockwise:
         return tokens * (2 * norm + E * (3 * D + D) + mlp)  # q and k turned, and v; the result
     attention = E * (3 * D + 2 * D + D) + logsumexp  # q, k, v as one; q and k turned; the result
