@@ -87,8 +87,10 @@ def test_more_of_anything_takes_more():
     least = training_memory(config, shape).total
     for change in ({"batch": 3}, {"positions": 4098}, {"bf16": False}, {"accumulates": True}):
         assert training_memory(config, replace(shape, **change)).total > least
-    for change in ({"shards": 8}, {"checkpointing": "selective"}, {"checkpointing": "full"}):
+    for change in ({"shards": 8}, {"checkpointing": "full"}):
         assert training_memory(config, replace(shape, **change)).total < least
+    gpu = replace(shape, fused_norm=True)  # on a processor, blocks keep no more than products and attention give
+    assert training_memory(config, replace(gpu, checkpointing="selective")).total < training_memory(config, gpu).total
     assert training_memory(replace(config, layers=13), shape).total > least
 
 

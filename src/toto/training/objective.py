@@ -50,7 +50,7 @@ def next_token_loss(
 
 def code_loss(model: CausalModel, states: Float[Tensor, "B N D"], targets: Int64[Tensor, "B N"]) -> Loss:
     """The loss of codes that are predicted from what the last block gives."""
-    hidden_states = model.norm(states)
+    hidden_states = normed(states, model.norm)
     if isinstance(model.head, Head) and model.head.multiplier != 1:
         hidden_states = hidden_states * model.head.multiplier
     mean, each = linear_cross_entropy(hidden_states.flatten(0, 1), model.head.weight, targets.flatten())

@@ -100,7 +100,7 @@ def _at(moment: Moment, config: ModelConfig, shape: StepShape) -> dict[str, int]
     head = config.outputs * config.width
     embedding = table["total"] - block * config.layers - (0 if config.tie_embeddings else head)
     kept = _block_saved(config, shape, shape.checkpointing)
-    inside = _block_saved(config, shape, "none") - kept + tokens * _block_workspace(config, shape)
+    inside = _block_saved(config, shape, "none") - kept + _block_workspace(config, shape)
     angles = 2 * 4 * config.head_size * shape.positions
     through = config.layers * kept + tokens * _outside_saved(config, shape) + angles
     new: dict[Moment, int] = {
@@ -190,13 +190,20 @@ def _copies(config: ModelConfig, shape: StepShape, moment: Moment, block: int, h
         return E * outer + (2 * E + E + 4) * block
     if not shape.bf16 or moment == "end":
         return 0
-    if moment == "loss":  # autocast itself keeps them until the forward pass is over
-        return 2 * (config.layers * block + head)
+    if moment == "loss":  # autocast itself, which GPUs' products go by, keeps them until the forward pass is over
+        blocks = 0 if shape.checkpointing != "none" and not shape.fused_norm else config.layers
+        return 2 * (blocks * block + head)
     blocks = 1 if moment == "first block" or shape.checkpointing != "none" else config.layers
     return 2 * blocks * block
 
 
 def _block_workspace(config: ModelConfig, shape: StepShape) -> int:
-    """Bytes a position: gradients of the block's result and of its SwiGLU, where most are alive at a time."""
+    """Bytes of what a block's backward pass makes on its way, where most are alive at a time.
+
+    That is where SwiGLU and its product go back: gradients of the residual stream, of gate and up, and of their product,
+    the product itself, made again, and the gradient of the matrix as a product gives it and in fp32.
+    """
     E = 2 if shape.bf16 else 4
-    return 4 * config.width + 3 * E * config.mlp_hidden
+    D, M = config.width, config.mlp_hidden
+    a_token = 4 * D + (E * D if shape.bf16 else 0) + 4 * E * M
+    return shape.batch * shape.positions * a_token + (2 + 4 if shape.bf16 else 4) * D * M
