@@ -22,6 +22,7 @@ from toto.model.config import ModelConfig
 from toto.model.transformer import Transformer
 from toto.training.objective import next_token_loss
 from toto.training.optimizer import OptimizerConfig, make_optimizer
+from toto.training.parallel import unchanged_weights
 
 aten = torch.ops.aten
 KEPT = {
@@ -53,14 +54,15 @@ def measured(model: dict, batch: int, length: int, bf16: bool, passes: int, chec
 
 def _step(model, optimizer, batch, length, bf16, passes):
     config = model.config
-    for _ in range(passes):
-        tokens = torch.randint(4, config.vocabulary, (batch, length))
-        tokens[:, 0], tokens[:, -1] = 1, 2
-        patches = torch.rand(batch, length - 2, config.values_in_patch) if config.inputs == "patches" else None
-        with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
-            loss = next_token_loss(model, tokens, patches).mean
-        with record_function("backward"):
-            loss.backward()
+    with unchanged_weights(model, passes):
+        for _ in range(passes):
+            tokens = torch.randint(4, config.vocabulary, (batch, length))
+            tokens[:, 0], tokens[:, -1] = 1, 2
+            patches = torch.rand(batch, length - 2, config.values_in_patch) if config.inputs == "patches" else None
+            with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+                loss = next_token_loss(model, tokens, patches).mean
+            with record_function("backward"):
+                loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

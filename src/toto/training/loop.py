@@ -48,7 +48,7 @@ from toto.training.optimizer import (
     make_optimizer,
     set_learning_rate,
 )
-from toto.training.parallel import laid_out, last_of_step, whole_weights
+from toto.training.parallel import laid_out, last_of_step, unchanged_weights, whole_weights
 from toto.training.prefetch import ReadAhead
 from toto.training.record import drawn_from, record, record_new_mixture, require_same_run
 from toto.training.watch import LossWatch
@@ -292,21 +292,10 @@ def _step(run: _Run, stop: StopRequest) -> tuple[float, float, bool]:
     batch, sequences = run.ahead.take(run.step)
     run.waited = time.perf_counter() - began
     set_learning_rate(run.optimizer, learning_rate(run.step, config.steps, config.optimizer))
-    run.learner.train()
-    losses: list[Tensor] = []
-    parts = sequences.chunk(len(batch) // config.micro_batch)
-    for first, part in zip(range(0, len(batch), config.micro_batch), parts, strict=True):
-        windows = slice(first, first + config.micro_batch)
-        patches = batch.patches(config.data.frames_at(run.step), part=windows, device=run.device)
-        last_of_step(run.learner, windows.stop == len(batch))
-        with autocast(config.precision, run.device):
-            loss, each = run.learner(part.to(run.device, non_blocking=True), patches)
-        (loss * config.micro_batch / len(batch)).backward()
-        losses.append(loss.detach())
-        run.watch.add(each, batch.source[windows])
+    loss = _passes(run, batch, sequences)
     norm_of_all = gradient_norm(run.model.parameters())
     norm = float(norm_of_all)
-    known = torch.stack([torch.stack(losses).mean().double(), torch.tensor(float(bool(stop)), device=run.device)])
+    known = torch.stack([loss.double(), torch.tensor(float(bool(stop)), device=run.device)])
     total, asked = run.ranks.added(known).tolist()
     mean = total / run.ranks.world
     if not (math.isfinite(mean) and math.isfinite(norm)):
@@ -316,6 +305,25 @@ def _step(run: _Run, stop: StopRequest) -> tuple[float, float, bool]:
     run.step += 1
     run.guard.check(run.step, mean, norm, lambda: _items(batch.windows()))
     return mean, norm, asked > 0
+
+
+def _passes(run: _Run, batch: Batch, sequences: Tensor) -> Tensor:
+    """Forward and backward, a micro-batch at a time; returns the mean loss of this process."""
+    config = run.config
+    run.learner.train()
+    losses: list[Tensor] = []
+    parts = sequences.chunk(len(batch) // config.micro_batch)
+    with unchanged_weights(run.learner, len(parts)):
+        for first, part in zip(range(0, len(batch), config.micro_batch), parts, strict=True):
+            windows = slice(first, first + config.micro_batch)
+            patches = batch.patches(config.data.frames_at(run.step), part=windows, device=run.device)
+            last_of_step(run.learner, windows.stop == len(batch))
+            with autocast(config.precision, run.device):
+                loss, each = run.learner(part.to(run.device, non_blocking=True), patches)
+            (loss * config.micro_batch / len(batch)).backward()
+            losses.append(loss.detach())
+            run.watch.add(each, batch.source[windows])
+    return torch.stack(losses).mean()
 
 
 def _evaluated(run: _Run, evaluate: Evaluate) -> dict[str, float]:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from toto.model.budget.memory import Checkpointing
 from toto.model.causal import CausalModel
+from toto.model.fused import weights_cast_once
 from toto.model.transformer import Transformer
 from toto.runtime.errors import ConfigError
 from toto.runtime.ranks import Ranks
@@ -119,6 +120,12 @@ def last_of_step(learner: nn.Module, last: bool) -> None:
     """Copies of the weights exchange gradients after the last part of a batch only; shards after each."""
     if isinstance(learner, FSDPModule):
         learner.set_requires_all_reduce(last)
+
+
+def unchanged_weights(learner: nn.Module, passes: int) -> contextlib.AbstractContextManager[None]:
+    """No weight changes within: several passes share copies for matrix products, unless weights are gathered."""
+    gathered = isinstance(learner, FSDPModule)
+    return weights_cast_once() if passes > 1 and not gathered else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -180,7 +180,7 @@ def _outside_saved(config: ModelConfig, shape: StepShape) -> int:
 def _copies(config: ModelConfig, shape: StepShape, moment: Moment, block: int, head: int) -> int:
     """Bytes of weights as matrix products take them.
 
-    Autocast copies matrices to bf16; autograd keeps those until their product's gradient is there, or, where blocks are
+    Matrices are copied to bf16; autograd keeps those until their product's gradient is there, or, where blocks are
     computed again, for one block at a time. Sharded weights are gathered: the outer ones, and two blocks at a time, of
     which one has its gradient, in the compute precision and in fp32.
     """
@@ -188,7 +188,11 @@ def _copies(config: ModelConfig, shape: StepShape, moment: Moment, block: int, h
     if shape.shards > 1:
         outer = head + (0 if config.tie_embeddings else config.embedded_ids * config.width)
         return E * outer + (2 * E + E + 4) * block
-    if not shape.bf16 or moment == "end":
+    if not shape.bf16:
+        return 0
+    if shape.accumulates and not shape.fused_norm:  # one copy of each for all passes of a step
+        return 2 * (config.layers * block + (head if moment == "loss" else 0))
+    if moment == "end":
         return 0
     if moment == "loss":  # autocast itself, which GPUs' products go by, keeps them until the forward pass is over
         blocks = 0 if shape.checkpointing != "none" and not shape.fused_norm else config.layers
@@ -200,8 +204,8 @@ def _copies(config: ModelConfig, shape: StepShape, moment: Moment, block: int, h
 def _block_workspace(config: ModelConfig, shape: StepShape) -> int:
     """Bytes of what a block's backward pass makes on its way, where most are alive at a time.
 
-    That is where SwiGLU and its product go back: gradients of the residual stream, of gate and up, and of their product,
-    the product itself, made again, and the gradient of the matrix as a product gives it and in fp32.
+    That is where SwiGLU and its product go back: gradients of the residual stream, of gate and up and of what they
+    make, this itself, made again, and the gradient of the matrix as a product gives it and in fp32.
     """
     E = 2 if shape.bf16 else 4
     D, M = config.width, config.mlp_hidden
