@@ -98,7 +98,9 @@ def test_norm_and_swiglu_have_the_gradients_of_the_formulas():
     )
 
 
-def test_in_bf16_norm_and_swiglu_are_as_near_to_fp64_as_the_plain_way():
+@pytest.mark.parametrize("rows", [fused.ROWS_OF_A_CAST, 40])
+def test_in_bf16_norm_and_swiglu_are_as_near_to_fp64_as_the_plain_way(rows, monkeypatch):
+    monkeypatch.setattr(fused, "ROWS_OF_A_CAST", rows)  # weights are kept as they are cast, and as they are
     torch.manual_seed(0)
     norm, up, down = nn.RMSNorm(64, eps=1e-5), nn.Linear(64, 128, bias=False), nn.Linear(64, 64, bias=False)
     norm.weight.data.normal_(1, 0.1)

@@ -59,8 +59,7 @@ def _attention(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, scale: float) 
     mixed = torch.empty_like(q)
     future = _future(S, qkv)
     for some, block, seen in _blocks(B * heads, S):
-        weights = _weights(q[some, block], k[some, seen], future)
-        torch.bmm(weights, v[some, seen], out=mixed[some, block])
+        torch.bmm(_weights(q[some, block], k[some, seen], future), v[some, seen], out=mixed[some, block])
     return mixed.view(B, heads, S, K).transpose(1, 2).reshape(B, S, heads * K), turned
 
 
@@ -84,13 +83,11 @@ def _attention_backward(gradient: Tensor, turned: Tensor, cos: Tensor, sin: Tens
     grad_q, grad_k, grad_v = grads.flatten(1, 2)
     future = _future(S, turned)
     for some, block, seen in _blocks(B * N, S):
-        weights = _weights(q[some, block], k[some, seen], future)
-        grad_block = grad_out[some, block]
-        grad_v[some, seen].baddbmm_(weights.mT, grad_block)
-        grad_weights = torch.bmm(grad_block, v[some, seen].mT)
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        torch.bmm(grad_scores, k[some, seen], out=grad_q[some, block])
+        grad_block, keys = grad_out[some, block], k[some, seen]
+        grad_scores = _grad_scores(q[some, block], keys, v[some, seen], future, grad_block, grad_v[some, seen])
+        torch.bmm(grad_scores, keys, out=grad_q[some, block])
         grad_k[some, seen].baddbmm_(grad_scores.mT, q[some, block])
+        del grad_scores  # before there are the next ones
     packed = turned.new_empty(B, S, 3, N, K)
     to_q, to_k, to_v = packed.permute(2, 0, 3, 1, 4)
     _turn(grads[0], cos * scale, -sin * scale, out=to_q)
@@ -109,9 +106,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     _, cos, sin, _, ctx.scale = inputs
     ctx.save_for_backward(output[1], cos, sin)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for what has none
 
 
-def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if gradient is None:
+        return None, None, None, None, None
     turned, cos, sin = ctx.saved_tensors
     grad_qkv = torch.ops.toto.blockwise_attention_backward(gradient.contiguous(), turned, cos, sin, ctx.scale)
     return grad_qkv, None, None, None, None
@@ -128,6 +128,14 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor) -> None:
     to_first, to_second = out[..., :half], out[..., half:]
     torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=to_second).addcmul_(first, sin)
+
+
+def _grad_scores(q: Tensor, k: Tensor, v: Tensor, future: Tensor, grad_out: Tensor, grad_v: Tensor) -> Tensor:
+    """The gradient of a block's scores; that of its values is added to `grad_v`."""
+    weights = _weights(q, k, future)
+    grad_v.baddbmm_(weights.mT, grad_out)
+    grad_weights = torch.bmm(grad_out, v.mT)
+    return torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)  # type: ignore[no-any-return]
 
 
 def _future(positions: int, like: Tensor) -> Tensor:
@@ -148,6 +156,14 @@ def _blocks(heads: int, positions: int) -> Iterator[tuple[slice, slice, slice]]:
         together = max(1, SCORES // ((last - first) * last))
         for head in range(0, heads, together):
             yield slice(head, head + together), slice(first, last), slice(last)
+
+
+def most_scores(heads: int, positions: int) -> int:
+    """How many scores there are at a time, at most; `heads` of all sequences."""
+    return max(
+        int((min(some.stop, heads) - some.start) * (block.stop - block.start) * seen.stop)
+        for some, block, seen in _blocks(heads, positions)
+    )
 
 
 def _weights(q: Tensor, k: Tensor, future: Tensor) -> Tensor:

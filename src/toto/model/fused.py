@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from toto.runtime.device import product_dtype
 
+ROWS_OF_A_CAST = 2048  # a product of so many rows takes a hundred times as long as to cast its weight
+
 _casts: dict[int, tuple[Tensor, Tensor]] | None = None
 
 
@@ -52,7 +54,8 @@ def normed_linear(x: Tensor, norm: nn.RMSNorm, layer: nn.Linear) -> Tensor:
     """`layer(norm(x))` of a layer without bias."""
     if norm.eps is None or not _by_hand(x):
         return layer(normed(x, norm))  # type: ignore[no-any-return]
-    out: Tensor = _NormedLinear.apply(x, norm.weight, norm.eps, _weight_of(layer, x))  # type: ignore[no-untyped-call]
+    weight = layer.weight if _casts is None else _weight_of(layer, x)
+    out: Tensor = _NormedLinear.apply(x, norm.weight, norm.eps, weight, product_dtype(x))  # type: ignore[no-untyped-call]
     return out
 
 
@@ -61,7 +64,8 @@ def swiglu_linear(gate_up: Tensor, layer: nn.Linear) -> Tensor:
     if not _by_hand(gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return layer(F.silu(gate) * up)  # type: ignore[no-any-return]
-    out: Tensor = _SwiGLULinear.apply(gate_up, _weight_of(layer, gate_up))  # type: ignore[no-untyped-call]
+    weight = layer.weight if _casts is None else _weight_of(layer, gate_up)
+    out: Tensor = _SwiGLULinear.apply(gate_up, weight, product_dtype(gate_up))  # type: ignore[no-untyped-call]
     return out
 
 
@@ -90,19 +94,27 @@ def _rms(x: Tensor, weight: Tensor, eps: float, result: torch.dtype) -> tuple[Te
 def _rms_backward(
     grad: Tensor, x: Tensor, units: Tensor, scale: Tensor, weight: Tensor, *, wants_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and of the weight; `units` are x times its rows' factors, and are used up."""
+    """Gradients of x and of the weight; `units` are x times its rows' factors."""
     gradient = grad.float()
-    grad_weight = None
-    if wants_weight:
-        grad_weight = (gradient * units).flatten(0, -2).sum(0).to(weight.dtype)
-    grad_x = gradient * weight
-    along = torch.linalg.vecdot(grad_x, units)[..., None].div_(x.shape[-1])
+    product = gradient * units
+    along = (product @ weight.to(product.dtype)).div_(x.shape[-1])[..., None]
+    grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if wants_weight else None
+    del product
+    grad_x = gradient * weight if gradient is grad else gradient.mul_(weight)
     return grad_x.addcmul_(units, along, value=-1).mul_(scale).to(x.dtype), grad_weight
 
 
-def _product_backward(grad: Tensor, x: Tensor, weight: Tensor, *, wants_weight: bool) -> Tensor | None:
-    """The gradient of the weight of a product of x; `[..., M]`, `[..., D]` -> `[M, D]`."""
-    return (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype) if wants_weight else None
+def _cast(weight: Tensor, x: Tensor, wanted: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A weight as a product with x takes it, and what of it is kept: of few rows the cast, of many the weight."""
+    taken = weight.to(wanted)
+    return taken, weight if x[..., 0].numel() >= ROWS_OF_A_CAST else taken
+
+
+def _product_backward(grad: Tensor, x: Tensor, ctx: Any, place: int) -> Tensor | None:
+    """The gradient of the weight, input number `place`, of a product of x; `[..., M]`, `[..., D]` -> `[M, D]`."""
+    if not ctx.needs_input_grad[place]:
+        return None
+    return (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(ctx.weight_dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -125,42 +137,47 @@ class _NormedLinear(torch.autograd.Function):
     """Keeps what `_RMSNorm` does; the norm's result is made again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
-        normed, scale = _rms(x, norm, eps, weight.dtype)
-        ctx.save_for_backward(x, norm, scale, weight)
-        return F.linear(normed, weight)
+    def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, weight: Tensor, product: torch.dtype) -> Tensor:
+        ctx.weight_dtype, ctx.product = weight.dtype, product
+        taken, kept = _cast(weight, x, product)
+        normed, scale = _rms(x, norm, eps, product)
+        ctx.save_for_backward(x, norm, scale, kept)
+        return F.linear(normed, taken)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, scale, weight = ctx.saved_tensors
         units = x * scale
-        normed = (units * norm).to(weight.dtype)
-        grad_weight = _product_backward(grads[0], normed, weight, wants_weight=ctx.needs_input_grad[3])
+        normed = (units * norm).to(ctx.product)
+        grad_weight = _product_backward(grads[0], normed, ctx, 3)
         del normed
-        grad_x, grad_norm = _rms_backward(
-            grads[0] @ weight, x, units, scale, norm, wants_weight=ctx.needs_input_grad[1]
-        )
-        return grad_x, grad_norm, None, grad_weight
+        grad = grads[0] @ weight.to(ctx.product)
+        grad_x, grad_norm = _rms_backward(grad, x, units, scale, norm, wants_weight=ctx.needs_input_grad[1])
+        return grad_x, grad_norm, None, grad_weight, None
 
 
 class _SwiGLULinear(torch.autograd.Function):
     """Keeps gate and up."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up, weight)
+    def forward(ctx: Any, gate_up: Tensor, weight: Tensor, product: torch.dtype) -> Tensor:
+        ctx.weight_dtype, ctx.product = weight.dtype, product
+        taken, kept = _cast(weight, gate_up, product)
+        ctx.save_for_backward(gate_up, kept)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.linear(F.silu(gate).mul_(up), weight)
+        return F.linear(F.silu(gate).mul_(up), taken)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate_up, weight = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        grad_hidden = grads[0] @ weight
+        hidden = F.silu(gate)
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        hidden = F.silu(gate)
-        torch.mul(hidden, grad_hidden, out=grad_up)
-        grad_weight = _product_backward(grads[0], hidden.mul_(up), weight, wants_weight=ctx.needs_input_grad[1])
+        grad_up.copy_(hidden)
+        grad_weight = _product_backward(grads[0], hidden.mul_(up), ctx, 1)
+        del hidden
+        grad_hidden = grads[0] @ weight.to(ctx.product)
+        grad_up.mul_(grad_hidden)
         torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate, grad_input=grad_gate)
-        return grad_gate_up, grad_weight
+        return grad_gate_up, grad_weight, None

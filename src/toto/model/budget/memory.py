@@ -14,8 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from toto.model.blockwise import most_scores
 from toto.model.budget.parameters import parameter_table
 from toto.model.config import ModelConfig
+from toto.model.fused import ROWS_OF_A_CAST
 
 Checkpointing = Literal["none", "selective", "full"]
 Moment = Literal["loss", "last block", "first block", "end"]
@@ -100,7 +102,11 @@ def _at(moment: Moment, config: ModelConfig, shape: StepShape) -> dict[str, int]
     head = config.outputs * config.width
     embedding = table["total"] - block * config.layers - (0 if config.tie_embeddings else head)
     kept = _block_saved(config, shape, shape.checkpointing)
-    inside = _block_saved(config, shape, "none") - kept + _block_workspace(config, shape)
+    inside = (
+        _block_saved(config, shape, "none")
+        - kept
+        + max(_swiglu_backward(config, shape), _attention_backward(config, shape))
+    )
     angles = 2 * 4 * config.head_size * shape.positions
     through = config.layers * kept + tokens * _outside_saved(config, shape) + angles
     new: dict[Moment, int] = {
@@ -181,8 +187,9 @@ def _copies(config: ModelConfig, shape: StepShape, moment: Moment, block: int, h
     """Bytes of weights as matrix products take them.
 
     Matrices are copied to bf16; autograd keeps those until their product's gradient is there, or, where blocks are
-    computed again, for one block at a time. Sharded weights are gathered: the outer ones, and two blocks at a time, of
-    which one has its gradient, in the compute precision and in fp32.
+    computed again, for one block at a time. A processor casts most of them again where they have many rows. Sharded
+    weights are gathered: the outer ones, and two blocks at a time, of which one has its gradient, in the compute
+    precision and in fp32.
     """
     E = 2 if shape.bf16 else 4
     if shape.shards > 1:
@@ -194,6 +201,9 @@ def _copies(config: ModelConfig, shape: StepShape, moment: Moment, block: int, h
         return 2 * (config.layers * block + (head if moment == "loss" else 0))
     if moment == "end":
         return 0
+    if shape.checkpointing == "none" and not shape.fused_norm and shape.batch * shape.positions >= ROWS_OF_A_CAST:
+        now = head if moment == "loss" else config.width * config.mlp_hidden
+        return 2 * (now + (1 if moment == "first block" else config.layers) * config.width**2)
     if moment == "loss":  # autocast itself, which GPUs' products go by, keeps them until the forward pass is over
         blocks = 0 if shape.checkpointing != "none" and not shape.fused_norm else config.layers
         return 2 * (blocks * block + head)
@@ -201,13 +211,27 @@ def _copies(config: ModelConfig, shape: StepShape, moment: Moment, block: int, h
     return 2 * blocks * block
 
 
-def _block_workspace(config: ModelConfig, shape: StepShape) -> int:
-    """Bytes of what a block's backward pass makes on its way, where most are alive at a time.
+def _swiglu_backward(config: ModelConfig, shape: StepShape) -> int:
+    """Bytes of what the backward pass of a block's SwiGLU and its product makes on its way, at most.
 
-    That is where SwiGLU and its product go back: gradients of the residual stream, of gate and up and of what they
-    make, this itself, made again, and the gradient of the matrix as a product gives it and in fp32.
+    Gradients of the residual stream and of gate and up, what these make, and the gradient of the matrix as a product
+    gives it and in fp32.
     """
     E = 2 if shape.bf16 else 4
     D, M = config.width, config.mlp_hidden
-    a_token = 4 * D + (E * D if shape.bf16 else 0) + 4 * E * M
+    a_token = 4 * D + (E * D if shape.bf16 else 0) + 3 * E * M
     return shape.batch * shape.positions * a_token + (2 + 4 if shape.bf16 else 4) * D * M
+
+
+def _attention_backward(config: ModelConfig, shape: StepShape) -> int:
+    """Bytes of what the backward pass of attention in blocks makes, less what was kept of the MLP and is gone by then.
+
+    Gradients of the residual stream, the result, and queries, keys and values, before and after they are turned back;
+    scores of some queries, their gradient, and that of what was before the softmax.
+    """
+    D, M, E = config.width, config.mlp_hidden, 2
+    if not shape.bf16 or shape.fused_norm:
+        return 0
+    a_token = 4 * D + E * (D + 3 * D + 3 * D) - 4 * D - 4 - 2 * E * M
+    scores = most_scores(shape.batch * config.heads, shape.positions)
+    return shape.batch * shape.positions * a_token + 3 * E * scores
