@@ -27,6 +27,7 @@ CONFIG = size("base", vocab_size=8196)
 LENGTHS = (1024, 4096)
 GROWTH = (1024, 2048, 4096, 8192, 16384)
 PARTS = ("forward", "backward", "norm", "optimizer")
+HELD = 12 * 125.9e6  # bytes of weights and moments
 SIDE = 4096  # of the matrix product that rates are compared with
 WAYS = {
     "toto": {"way": "toto", "huge": True},
@@ -115,9 +116,10 @@ def growth(lengths: list[int], file: Path | None, plot: Path | None) -> None:
     for length in lengths:
         with Worker(length, WAYS["toto"]) as worker:
             seconds = []
+            worker("short step")  # makes the optimizer's moments
             for turn in range(4 if length <= 4096 else 1):
                 made = worker("step")
-                if turn or length > 4096:  # the first one makes the optimizer's moments, which long ones don't notice
+                if turn or length > 4096:
                     seconds.append(sum(made[part] for part in PARTS))
             known[str(length)] = {"seconds": min(seconds), "peak": worker("memory")["peak"]}
         if file:
@@ -128,7 +130,6 @@ def growth(lengths: list[int], file: Path | None, plot: Path | None) -> None:
         "| tokens | tokens/s | seconds | exponent | peak GB | exponent above weights and moments |\n"
         "|---|---|---|---|---|---|"
     )
-    held = 12 * 125.9e6
     for place, length in enumerate(lengths):
         now = known[str(length)]
         slopes = ["", ""]
@@ -136,7 +137,7 @@ def growth(lengths: list[int], file: Path | None, plot: Path | None) -> None:
             before, factor = known[str(lengths[place - 1])], math.log(length / lengths[place - 1])
             slopes = [
                 f"{math.log(now['seconds'] / before['seconds']) / factor:.2f}",
-                f"{math.log((now['peak'] - held) / (before['peak'] - held)) / factor:.2f}",
+                f"{math.log((now['peak'] - HELD) / (before['peak'] - HELD)) / factor:.2f}",
             ]
         print(
             f"| {length:,} | {length / now['seconds']:,.0f} | {now['seconds']:.2f} | {slopes[0]} | "
@@ -156,14 +157,17 @@ def draw(known: dict[str, dict[str, float]], plot: Path) -> None:
 
     lengths = sorted(map(int, known))
     figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    for panel, key, unit, scale in zip(
-        panels, ("seconds", "peak"), ("seconds of a step", "GB at most"), (1, 1e9), strict=True
-    ):
-        values = np.array([known[str(length)][key] / scale for length in lengths])
+    shown = {  # what it is, its size, and the part that doesn't grow
+        "seconds": ("seconds of a step", 1, 0),
+        "peak": ("GB beside weights and moments", 1e9, HELD),
+    }
+    for panel, (key, (title, unit, fixed)) in zip(panels, shown.items(), strict=True):
+        values = np.array([(known[str(length)][key] - fixed) / unit for length in lengths])
         slope = np.polyfit(np.log(lengths), np.log(values), 1)[0]
         panel.loglog(lengths, values, "o-", base=2)
-        panel.set(xlabel="tokens of context", ylabel=unit, title=f"exponent {slope:.2f}")
+        panel.set(xlabel="tokens of context", ylabel=title, title=f"exponent {slope:.2f}")
         panel.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+        panel.set_yticks(values, [f"{value:.3g}" for value in values], fontsize=8)
         panel.grid(alpha=0.3)
     figure.savefig(plot, dpi=110)
 
@@ -178,14 +182,16 @@ def work(settings: dict[str, object]) -> None:
     torch.manual_seed(0)
     network, loss_of = _network(str(settings["way"]), compiled=bool(settings.get("compiled")))
     tokens = torch.randint(4, CONFIG.vocabulary, (1, length + 1), generator=torch.Generator().manual_seed(1))
-    step = _step_of(network, loss_of, tokens, ours=settings["way"] == "toto")
+    step = _step_of(network, loss_of, ours=settings["way"] == "toto")
     for line in sys.stdin:
         match line.strip():
             case "check":
                 with torch.no_grad():
                     answer = {"loss": float(loss_of(tokens[:, :257]))}
             case "step":
-                answer = step()
+                answer = step(tokens)
+            case "short step":
+                answer = step(tokens[:, :257])
             case "product":
                 a = torch.randn(SIDE, SIDE).bfloat16()
                 a @ a
@@ -220,8 +226,8 @@ def _network(way: str, *, compiled: bool):
     return llama, torch.compile(loss_of, dynamic=False) if compiled else loss_of
 
 
-def _step_of(network, loss_of, tokens, *, ours: bool):
-    """A function that makes a step and says how long its parts took."""
+def _step_of(network, loss_of, *, ours: bool):
+    """A function that makes a step of `[1, S]` ids and says how long its parts took."""
     import torch
 
     from toto.training.optimizer import OptimizerConfig, clipped_step, gradient_norm, make_optimizer
@@ -234,7 +240,7 @@ def _step_of(network, loss_of, tokens, *, ours: bool):
 
     freed = FreedMemory()
 
-    def step() -> dict[str, float]:
+    def step(tokens) -> dict[str, float]:
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         moments = [time.perf_counter()]
         with torch.autocast("cpu", torch.bfloat16):
