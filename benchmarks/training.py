@@ -21,7 +21,6 @@ from pathlib import Path
 from benchmarks.timing import HEADER, row
 from toto.model.budget.flops import training_flops
 from toto.model.config import size
-from toto.runtime.allocator import FreedMemory, prefer_huge_pages
 
 CONFIG = size("base", vocab_size=8196)
 LENGTHS = (1024, 4096)
@@ -30,9 +29,8 @@ PARTS = ("forward", "backward", "norm", "optimizer")
 HELD = 12 * 125.9e6  # bytes of weights and moments
 SIDE = 4096  # of the matrix product that rates are compared with
 WAYS = {
-    "toto": {"way": "toto", "huge": True},
+    "toto": {"way": "toto"},
     "transformers, eager": {"way": "llama"},
-    "transformers, eager, huge pages too": {"way": "llama", "huge": True},
     "transformers, compiled": {"way": "llama", "compiled": True},
 }
 
@@ -174,8 +172,6 @@ def draw(known: dict[str, dict[str, float]], plot: Path) -> None:
 
 def work(settings: dict[str, object]) -> None:
     """Answer every line of the standard input by a line of JSON."""
-    if settings.get("huge"):
-        prefer_huge_pages()
     import torch
 
     length = int(settings["length"])
@@ -238,8 +234,6 @@ def _step_of(network, loss_of, *, ours: bool):
         else torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     )
 
-    freed = FreedMemory()
-
     def step(tokens) -> dict[str, float]:
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         moments = [time.perf_counter()]
@@ -258,8 +252,6 @@ def _step_of(network, loss_of, *, ours: bool):
             moments.append(time.perf_counter())
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if ours:  # as the loop does
-            freed.give_back()
         moments.append(time.perf_counter())
         spent = {part: after - before for part, before, after in zip(PARTS, moments, moments[1:], strict=False)}
         return {**spent, "faults": resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults}

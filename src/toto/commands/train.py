@@ -14,7 +14,6 @@ from toto.evaluation.likelihood import heldout_evaluation
 from toto.media.ledger import summary
 from toto.recipes import PRETRAINING
 from toto.report.losses import loss_lines, write_losses
-from toto.runtime.allocator import prefer_huge_pages
 from toto.runtime.files import write_json
 from toto.runtime.metrics import read_metrics
 from toto.runtime.ranks import is_first
@@ -84,7 +83,6 @@ def run(words: list[str]) -> None:
     )
     config = dataclasses.replace(recipe, data=data)
     evaluate = heldout_evaluation(config) if data.heldout else None
-    prefer_huge_pages()
     project = None if options.wandb is None else parse_project(options.wandb)
     last = train(config, options.out, evaluate=evaluate, resume=options.resume, wandb=project)
     if not is_first():

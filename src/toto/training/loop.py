@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from toto.model.budget.flops import positions_of, training_flops
 from toto.model.causal import CausalModel
 from toto.model.config import ModelConfig, with_patch_values, with_vocabulary
 from toto.model.weights import Card, load_card, load_config, newest_checkpoint
-from toto.runtime.allocator import FreedMemory
 from toto.runtime.device import autocast, peak_memory, pick_device, use_bf16
 from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
 from toto.runtime.files import remove_leftovers, write_json
@@ -140,7 +139,6 @@ class _Run:
     guard: Guard
     step: int = 0
     waited: float = 0.0  # seconds that the last step waited for its data
-    freed: FreedMemory = field(default_factory=FreedMemory)
 
     @property
     def tokens_in_step(self) -> int:
@@ -304,8 +302,6 @@ def _step(run: _Run, stop: StopRequest) -> tuple[float, float, bool]:
         raise _non_finite(run, mean, norm, batch.windows())
     clipped_step(run.optimizer, norm_of_all, config.optimizer.clip)
     run.optimizer.zero_grad(set_to_none=True)
-    if run.device.type == "cpu":
-        run.freed.give_back()
     run.step += 1
     run.guard.check(run.step, mean, norm, lambda: _items(batch.windows()))
     return mean, norm, asked > 0
