@@ -11,17 +11,17 @@ from rich.table import Table
 
 from toto.commands.parsing import parse, parse_source, take_word
 from toto.commands.printing import classes_line
+from toto.commands.sides import training_and_test
 from toto.evaluation.backbones.huggingface import OverFrames
 from toto.evaluation.backbones.names import load_backbone
 from toto.evaluation.feature_cache import AUTO, CacheConfig
 from toto.evaluation.features import Backbone
 from toto.evaluation.finetune_config import Augmentation
-from toto.evaluation.labelled import LabelledClips, catalog_clips, procedural_clips, split_by_share
+from toto.evaluation.labelled import LabelledClips, procedural_clips
 from toto.evaluation.overlap import require_apart
 from toto.evaluation.probe import ProbeConfig
 from toto.evaluation.read_out import ProbeData, bits, patch_errors, probe
 from toto.evaluation.result import Metric, Result
-from toto.media.catalogs import takes_clips
 from toto.media.ledger import LedgerRow, summary, unused
 from toto.report.plots import PLOTTED, write_probe_plot
 from toto.runtime.device import Precision
@@ -334,21 +334,4 @@ def _clips(options: ProbeOptions, backbone: Backbone, *, stride: int) -> tuple[L
         size = backbone.frame_size
         train = procedural_clips(1, options.procedural_clips, frames=frames, size=size)
         return train, procedural_clips(2, max(6, options.procedural_clips // 3), frames=frames, size=size)
-    train = catalog_clips(options.data, frames=frames, stride=stride, clips=options.clips, split=options.split)
-    if options.test is None and options.test_split is None:
-        return split_by_share(train, options.test_share, seed=options.probe.seed)
-    if options.test is None and options.split is None:
-        raise ConfigError("would train on the split it tests on", where="--test-split", fix="name --split, too")
-    source = options.test or options.data
-    usual = options.clips if takes_clips(source) else None
-    test = catalog_clips(
-        source,
-        frames=frames,
-        stride=stride,
-        clips=options.test_clips or usual,
-        split=options.test_split,
-        classes=train.classes,
-    )
-    if test.modality != train.modality:
-        raise ConfigError(f"holds {test.modality}s, {train.name} holds {train.modality}s", where=test.name)
-    return train, test
+    return training_and_test(options, frames=frames, stride=stride, seed=options.probe.seed)

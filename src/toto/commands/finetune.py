@@ -10,15 +10,14 @@ from rich.table import Table
 
 from toto.commands.parsing import options_with, parse, take_word
 from toto.commands.printing import classes_line
+from toto.commands.sides import training_and_test
 from toto.evaluation.finetune import CLASSIFIER, RESULT, finetune
 from toto.evaluation.finetune_config import FinetuneConfig
-from toto.evaluation.labelled import LabelledClips, catalog_clips, split_by_share
+from toto.evaluation.labelled import LabelledClips
 from toto.evaluation.overlap import require_apart
 from toto.evaluation.result import Metric, Result
-from toto.media.catalogs import takes_clips
 from toto.media.ledger import LedgerRow, summary, unused
 from toto.recipes import RECOGNITION
-from toto.runtime.errors import ConfigError
 from toto.runtime.places import AnyPath
 from toto.tokens.tokenizer import EMBEDDED, load_tokenizer
 
@@ -83,23 +82,7 @@ def labelled(options: Options, recipe: FinetuneConfig) -> tuple[LabelledClips, L
         ConfigError: no split to test on, media of another kind there, or test items that are training items.
     """
     frames, stride = recipe.frames or 1, recipe.stride or 1  # the frames are chosen later
-    train = catalog_clips(options.data, frames=frames, stride=stride, clips=options.clips, split=options.split)
-    if options.test is None and options.test_split is None:
-        train, test = split_by_share(train, options.test_share, seed=recipe.seed)
-    elif options.test is None and options.split is None:
-        raise ConfigError("would train on the split it tests on", where="--test-split", fix="name --split, too")
-    else:
-        source = options.test or options.data
-        test = catalog_clips(
-            source,
-            frames=frames,
-            stride=stride,
-            clips=options.test_clips or (options.clips if takes_clips(source) else None),
-            split=options.test_split,
-            classes=train.classes,
-        )
-    if test.modality != train.modality:
-        raise ConfigError(f"holds {test.modality}s, {train.name} holds {train.modality}s", where=test.name)
+    train, test = training_and_test(options, frames=frames, stride=stride, seed=recipe.seed)
     if options.limit is not None:
         train, test = train.first_of_each(options.limit), test.first_of_each(options.limit)
     if not options.allow_overlap:
