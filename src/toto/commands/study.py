@@ -153,7 +153,7 @@ def _row(arm: Arm, out: Path, result: Result) -> dict[str, Any]:
 def _print(name: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=f"{name}: frozen read-out of the best layer, 95 % bootstrap intervals")
     for heading in ("model", "grid", "RoPE base", "steps", "FLOPs", "layer", "top-1"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for row in rows:
         metric = Metric(**row["top1"])
         interval = f"[{100 * (metric.low or 0):.1f}, {100 * (metric.high or 0):.1f}]"
