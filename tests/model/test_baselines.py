@@ -179,8 +179,9 @@ def test_the_models_of_table_6_have_the_same_parameters_within_two_percent(prefi
     totals = [parameter_table(with_vocabulary(recipe.model, ids))["total"] for recipe in recipes]
     assert max(totals) / min(totals) < 1.02
     assert [recipe.model.kind for recipe in recipes] == ["toto", "gpt2", "mamba"]
-    rates = [replace(recipe.optimizer, peak_lr=1e-3) for recipe in recipes]
-    assert len({replace(recipe, model=TOTO, optimizer=rate) for recipe, rate in zip(recipes, rates, strict=True)}) == 1
+    if prefix == "table6-images":  # a rate for each
+        recipes = [replace(recipe, optimizer=replace(recipe.optimizer, peak_lr=1e-3)) for recipe in recipes]
+    assert len({replace(recipe, model=TOTO) for recipe in recipes}) == 1
 
 
 @pytest.fixture

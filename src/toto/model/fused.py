@@ -37,7 +37,7 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """`layer(x)`, whose weight may have been cast before."""
     if not _by_hand(x):
         return layer(x)  # type: ignore[no-any-return]
-    return F.linear(x, _weight_of(layer, x), layer.bias)
+    return F.linear(x, _weight_of(layer, x).to(product_dtype(x)), layer.bias)
 
 
 def normed(x: Tensor, norm: nn.Module) -> Tensor:
@@ -54,8 +54,8 @@ def normed_linear(x: Tensor, norm: nn.RMSNorm, layer: nn.Linear) -> Tensor:
     """`layer(norm(x))` of a layer without bias."""
     if norm.eps is None or not _by_hand(x):
         return layer(normed(x, norm))  # type: ignore[no-any-return]
-    weight = layer.weight if _casts is None else _weight_of(layer, x)
-    out: Tensor = _NormedLinear.apply(x, norm.weight, norm.eps, weight, product_dtype(x))  # type: ignore[no-untyped-call]
+    weight, product = _weight_of(layer, x), product_dtype(x)
+    out: Tensor = _NormedLinear.apply(x, norm.weight, norm.eps, weight, product)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -64,8 +64,7 @@ def swiglu_linear(gate_up: Tensor, layer: nn.Linear) -> Tensor:
     if not _by_hand(gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return layer(F.silu(gate) * up)  # type: ignore[no-any-return]
-    weight = layer.weight if _casts is None else _weight_of(layer, gate_up)
-    out: Tensor = _SwiGLULinear.apply(gate_up, weight, product_dtype(gate_up))  # type: ignore[no-untyped-call]
+    out: Tensor = _SwiGLULinear.apply(gate_up, _weight_of(layer, gate_up), product_dtype(gate_up))  # type: ignore[no-untyped-call]
     return out
 
 
@@ -74,12 +73,10 @@ def _by_hand(x: Tensor) -> bool:
 
 
 def _weight_of(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A layer's weight as products of x take it; gradients flow to the layer's own."""
+    """A layer's weight, or its one copy for products of x where several passes share them."""
     weight, wanted = layer.weight, product_dtype(x)
-    if weight.dtype == wanted:
+    if _casts is None or weight.dtype == wanted or not torch.is_grad_enabled():
         return weight
-    if _casts is None or not torch.is_grad_enabled():
-        return weight.to(wanted)
     if id(weight) not in _casts:
         _casts[id(weight)] = weight, weight.to(wanted)
     return _casts[id(weight)][1]

@@ -67,7 +67,7 @@ def table6_nano_mamba() -> TrainConfig:
 def table6_images_toto() -> TrainConfig:
     """Table 6 in small on images, Toto: an epoch of CIFAR-10's 50,000 at 8 x 8 codes. 1.329 M parameters at 4,100 ids.
 
-    Each architecture has the peak rate that was best of those tried for 300 steps (docs/log.md).
+    Each architecture has a peak rate of its own, chosen in runs of 150 and 300 steps (docs/log.md).
 
     Command: toto tokenize cifar10-train.parquet --size 64 --out shards/cifar10
              toto train table6-images-toto --out runs/toto --data image:shards/cifar10
