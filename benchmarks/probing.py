@@ -32,7 +32,7 @@ from toto.tokens.tokenizer import load_tokenizer
 CLASSES = 1000
 GRID = 16
 VOCABULARY = 8192
-ITEMS = 32
+BATCH, STEPS = 32, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +82,18 @@ def main() -> None:
             cached()
         else:
             name, shape = SHAPES[part]
-            one_pass(name, shape, items=ITEMS, in_sequence=part == "small")
+            one_pass(name, shape, in_sequence=part == "small")
 
 
-def one_pass(name: str, shape: ModelConfig, *, items: int, in_sequence: bool) -> None:
+def one_pass(name: str, shape: ModelConfig, *, in_sequence: bool) -> None:
     """An epoch over images of 16 x 16 codes: the trunk alone, with all heads, and with those of one layer a run."""
     torch.manual_seed(0)
+    items = BATCH * STEPS
     model = Transformer(shape).eval()
     codes = torch.randint(0, VOCABULARY, (items, 1, GRID, GRID))
     layers = tuple(range(shape.layers + 1))
     source = CodeFeatures(model=model, codes=codes, labels=torch.arange(items), layers=layers)
-    config = ProbeConfig(epochs=1, batch=ITEMS, heads=shape.heads, standardise="running")
+    config = ProbeConfig(epochs=1, batch=BATCH, heads=shape.heads, standardise="running")
     known: list[Probes] = []
 
     def forward() -> None:
@@ -111,14 +112,14 @@ def one_pass(name: str, shape: ModelConfig, *, items: int, in_sequence: bool) ->
     ways = {"frozen forward": forward, "all layers x 2 heads x 3 rates, one stream": all_heads}
     if in_sequence:
         ways["a run of the trunk for each layer"] = a_layer_a_run
-    found = interleaved(ways, runs=2, warmup=1)
+    found = interleaved(ways, runs=5 if in_sequence else 3, warmup=1)
     middle = {way: statistics.median(seconds) for way, seconds in found.items()}
     first, second, *third = middle.values()
-    print(f"\nAn epoch, {name}, {items} images of {GRID} x {GRID} codes, {CLASSES} classes, one step\n\n{HEADER}")
+    print(f"\nAn epoch, {name}, {items} images of {GRID} x {GRID} codes, {CLASSES} classes, {STEPS} steps\n\n{HEADER}")
     for way, seconds in found.items():
         print(row(way, seconds, units=items, unit="images"))
     parameters = sum(each.numel() for heads_ in known[0].heads.values() for each in heads_.stacked.values())
-    batch_mb = len(layers) * items * GRID * GRID * shape.width * 2 / 1e6
+    batch_mb = len(layers) * BATCH * GRID * GRID * shape.width * 2 / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(
         f"\n{second / first:.2f} x the frozen forward"

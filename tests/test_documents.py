@@ -6,6 +6,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,13 @@ def test_links_lead_somewhere(page):
 def test_commands_name_verbs_that_exist(page):
     for verb in re.findall(r"^    toto (\w+)", page.read_text(), re.MULTILINE):
         assert verb in VERBS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_benchmarks_that_are_named_exist(page):
+    known = runpy.run_path(str(ROOT / "benchmarks" / "__main__.py"))["ALL"]
+    assert {path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py")} == {*known, "timing"}
+    assert {*re.findall(r"^    python -m benchmarks (\w+)", page.read_text(), re.MULTILINE)} <= {*known}
 
 
 def test_examples_in_docstrings_are_true():
