@@ -21,6 +21,7 @@ from pathlib import Path
 from benchmarks.timing import HEADER, row
 from toto.model.budget.flops import training_flops
 from toto.model.config import size
+from toto.runtime.allocator import keep_freed_memory
 
 CONFIG = size("base", vocab_size=8196)
 LENGTHS = (1024, 4096)
@@ -29,8 +30,9 @@ PARTS = ("forward", "backward", "norm", "optimizer")
 HELD = 12 * 125.9e6  # bytes of weights and moments
 SIDE = 4096  # of the matrix product that rates are compared with
 WAYS = {
-    "toto": {"way": "toto"},
+    "toto": {"way": "toto", "keep": True},  # as `toto train` does
     "transformers, eager": {"way": "llama"},
+    "transformers, eager, memory kept too": {"way": "llama", "keep": True},
     "transformers, compiled": {"way": "llama", "compiled": True},
 }
 
@@ -172,6 +174,8 @@ def draw(known: dict[str, dict[str, float]], plot: Path) -> None:
 
 def work(settings: dict[str, object]) -> None:
     """Answer every line of the standard input by a line of JSON."""
+    if settings.get("keep"):
+        keep_freed_memory()
     import torch
 
     length = int(settings["length"])

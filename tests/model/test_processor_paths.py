@@ -13,7 +13,7 @@ from torch import nn
 
 from toto.model import blockwise, fused
 from toto.model.blockwise import blockwise_attention
-from toto.model.fused import linear, normed, normed_linear, swiglu_linear, weights_cast_once
+from toto.model.fused import added_normed_linear, linear, normed, normed_linear, swiglu_linear, weights_cast_once
 from toto.model.layers import rotary_angles, rotate
 
 
@@ -87,11 +87,23 @@ def test_norm_and_swiglu_have_the_gradients_of_the_formulas():
     def ours(x):
         return normed(x, norm), swiglu_linear(normed_linear(x, norm, up), down)
 
-    for found, expected in zip(ours(x), plain(x), strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
-    wanted = [x, norm.weight, up.weight, down.weight]
-    of_ours, of_plain = (torch.autograd.grad(sum(out.sin().sum() for out in way(x)), wanted) for way in (ours, plain))
-    torch.testing.assert_close(of_ours, of_plain, atol=1e-6, rtol=1e-6)
+    def plain_sum(x):
+        total = x + x.sin()
+        return total, up(norm(total)), x
+
+    def our_sum(x):
+        return *added_normed_linear(x, x.sin(), norm, up), x
+
+    for way, expected, wanted in (
+        (ours, plain, [x, norm.weight, up.weight, down.weight]),
+        (our_sum, plain_sum, [x, norm.weight, up.weight]),
+    ):
+        found, right = way(x), expected(x)
+        torch.testing.assert_close(found, right, atol=1e-6, rtol=1e-6)
+        of_ours, of_plain = (
+            torch.autograd.grad(sum(out.sin().sum() for out in outs), wanted) for outs in (found, right)
+        )
+        torch.testing.assert_close(of_ours, of_plain, atol=1e-6, rtol=1e-6)
     gate_up = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda gate_up, weight: F.linear(swiglu_linear(gate_up, down), weight), (gate_up, up.weight)
@@ -107,11 +119,13 @@ def test_in_bf16_norm_and_swiglu_are_as_near_to_fp64_as_the_plain_way(rows, monk
     x, gradient = torch.randn(40, 64), torch.randn(40, 64)
 
     def plain(x, norm, up, down):
+        x = x + down(norm(x))
         gate, rest = up(norm(x)).chunk(2, dim=-1)
-        return down(F.silu(gate) * rest)
+        return x + down(F.silu(gate) * rest)
 
     def ours(x, norm, up, down):
-        return swiglu_linear(normed_linear(x, norm, up), down)
+        x, gate_up = added_normed_linear(x, normed_linear(x, norm, down), norm, up)
+        return x + swiglu_linear(gate_up, down)
 
     def gradients(way, dtype):
         layers = [copy.deepcopy(layer).to(dtype) for layer in (norm, up, down)]

@@ -14,6 +14,7 @@ from toto.evaluation.likelihood import heldout_evaluation
 from toto.media.ledger import summary
 from toto.recipes import PRETRAINING
 from toto.report.losses import loss_lines, write_losses
+from toto.runtime.allocator import keep_freed_memory
 from toto.runtime.files import write_json
 from toto.runtime.metrics import read_metrics
 from toto.runtime.ranks import is_first
@@ -83,6 +84,7 @@ def run(words: list[str]) -> None:
     )
     config = dataclasses.replace(recipe, data=data)
     evaluate = heldout_evaluation(config) if data.heldout else None
+    keep_freed_memory()
     project = None if options.wandb is None else parse_project(options.wandb)
     last = train(config, options.out, evaluate=evaluate, resume=options.resume, wandb=project)
     if not is_first():

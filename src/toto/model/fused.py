@@ -1,8 +1,9 @@
 """The block's norms, SwiGLU and matrix products for processors without a compiler.
 
 What a product takes is made again from its own inputs in the backward pass where that is a pass over memory only: of a
-norm and the product after it, the residual stream is kept; of SwiGLU and the product after it, gate and up. On GPUs
-torch has such a norm, and torch.compile fuses the rest; there the plain formulas are used.
+norm and the product after it, the residual stream is kept, or what it was added up from; of SwiGLU and the product
+after it, gate and up. On GPUs torch has such a norm, and torch.compile fuses the rest; there the plain formulas are
+used.
 """
 
 from __future__ import annotations
@@ -56,6 +57,16 @@ def normed_linear(x: Tensor, norm: nn.RMSNorm, layer: nn.Linear) -> Tensor:
         return layer(normed(x, norm))  # type: ignore[no-any-return]
     weight, product = _weight_of(layer, x), product_dtype(x)
     out: Tensor = _NormedLinear.apply(x, norm.weight, norm.eps, weight, product)  # type: ignore[no-untyped-call]
+    return out
+
+
+def added_normed_linear(x: Tensor, branch: Tensor, norm: nn.RMSNorm, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """`x + branch`, and of that `layer(norm(...))` of a layer without bias; the sum isn't kept."""
+    if norm.eps is None or not _by_hand(x):
+        total = x + branch
+        return total, layer(normed(total, norm))
+    weight, product = _weight_of(layer, x), product_dtype(x)
+    out: tuple[Tensor, Tensor] = _AddedNormedLinear.apply(x, branch, norm.weight, norm.eps, weight, product)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -114,6 +125,27 @@ def _product_backward(grad: Tensor, x: Tensor, ctx: Any, place: int) -> Tensor |
     return (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(ctx.weight_dtype)
 
 
+def _normed_product_backward(
+    ctx: Any, grad: Tensor, x: Tensor, units: Tensor, kept: tuple[Tensor, Tensor, Tensor], place: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of what was normed, of the norm's weight, input number `place`, and of the product's, two inputs on.
+
+    Args:
+        ctx: of the pass.
+        grad: of the product's result.
+        x: of the precision that was normed.
+        units: what was normed times its rows' factors.
+        kept: the norm's weight, the factors, and the product's weight.
+        place: of the norm's weight.
+    """
+    norm, scale, weight = kept
+    grad_weight = _product_backward(grad, (units * norm).to(ctx.product), ctx, place + 2)
+    grad_normed = grad @ weight.to(ctx.product)
+    wants_norm = ctx.needs_input_grad[place]
+    grad_x, grad_norm = _rms_backward(grad_normed, x, units, scale, norm, wants_weight=wants_norm)
+    return grad_x, grad_norm, grad_weight
+
+
 class _RMSNorm(torch.autograd.Function):
     """In fp32, whatever comes and goes; keeps x and a number for each of its rows."""
 
@@ -144,13 +176,32 @@ class _NormedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, scale, weight = ctx.saved_tensors
-        units = x * scale
-        normed = (units * norm).to(ctx.product)
-        grad_weight = _product_backward(grads[0], normed, ctx, 3)
-        del normed
-        grad = grads[0] @ weight.to(ctx.product)
-        grad_x, grad_norm = _rms_backward(grad, x, units, scale, norm, wants_weight=ctx.needs_input_grad[1])
+        grad_x, grad_norm, grad_weight = _normed_product_backward(ctx, grads[0], x, x * scale, (norm, scale, weight), 1)
         return grad_x, grad_norm, None, grad_weight, None
+
+
+class _AddedNormedLinear(torch.autograd.Function):
+    """Keeps x and the branch, which has half of its bytes under autocast; their sum is made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor, norm: Tensor, eps: float, weight: Tensor, product: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.weight_dtype, ctx.product = weight.dtype, product
+        taken, kept = _cast(weight, x, product)
+        total = x + branch
+        normed, scale = _rms(total, norm, eps, product)
+        ctx.save_for_backward(x, branch, norm, scale, kept)
+        return total, F.linear(normed, taken)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, branch, norm, scale, weight = ctx.saved_tensors
+        total = x + branch
+        units = total.mul_(scale) if total.dtype == scale.dtype else total * scale
+        grad, grad_norm, grad_weight = _normed_product_backward(ctx, grads[1], x, units, (norm, scale, weight), 2)
+        grad = grad.add_(grads[0])
+        return grad, grad.to(branch.dtype), grad_norm, None, grad_weight, None
 
 
 class _SwiGLULinear(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from toto.model.blockwise import attends_in_blocks, blockwise_attention
 from toto.model.cache import KeyValueCache
 from toto.model.config import ModelConfig
-from toto.model.fused import linear, normed_linear, swiglu_linear
+from toto.model.fused import added_normed_linear, linear, normed_linear, swiglu_linear
 from toto.model.parametrisation import parametrisation
 
 
@@ -72,9 +72,12 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(config.width, 2 * config.mlp_hidden, bias=False)
         self.down = nn.Linear(config.mlp_hidden, config.width, bias=False)
 
-    def forward(self, x: Float[Tensor, "B S D"], norm: nn.RMSNorm) -> Float[Tensor, "B S D"]:
-        """Each position by itself, normed."""
-        return swiglu_linear(normed_linear(x, norm, self.gate_up), self.down)
+    def forward(
+        self, x: Float[Tensor, "B S D"], branch: Float[Tensor, "B S D"], norm: nn.RMSNorm
+    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B S D"]]:
+        """The residual stream with a branch added to it, and the next branch: each position of it by itself, normed."""
+        total, gate_up = added_normed_linear(x, branch, norm, self.gate_up)
+        return total, swiglu_linear(gate_up, self.down)
 
 
 class Block(nn.Module):
@@ -89,8 +92,8 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "B S D"], angles: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
         """One layer of the residual stream."""
-        x = x + self.attention(x, self.attention_norm, angles, cache)
-        out: Tensor = x + self.mlp(x, self.mlp_norm)
+        x, branch = self.mlp(x, self.attention(x, self.attention_norm, angles, cache), self.mlp_norm)
+        out: Tensor = x + branch
         return out
 
 

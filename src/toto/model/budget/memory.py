@@ -165,13 +165,14 @@ def _block_saved(config: ModelConfig, shape: StepShape, checkpointing: Checkpoin
         turned = E * 3 * D if blockwise else logsumexp
         return tokens * (residual + E * (3 * D + D + D + 2 * M + D) + turned)
     norm = residual + statistic + (E * D if shape.fused_norm else 0)  # a processor makes its result again
+    norms = 2 * norm if shape.fused_norm else 2 * norm - residual + E * D  # of the second, the branch that was added
     mlp = E * (2 * M + (M if shape.fused_norm else 0))  # gate and up as one; silu(gate) * up, likewise
     if blockwise:
-        return tokens * (2 * norm + E * (3 * D + D) + mlp)  # q and k turned, and v; the result
+        return tokens * (norms + E * (3 * D + D) + mlp)  # q and k turned, and v; the result
     attention = E * (3 * D + 2 * D + D) + logsumexp  # q, k, v as one; q and k turned; the result
     turned_again = 4 * K * 2 * shape.positions + tokens * E * D if shape.bf16 else 0  # angles, and the result, in bf16
     gpu = tokens * E * M if shape.fused_norm else 0  # silu(gate)
-    return tokens * (2 * norm + attention + mlp) + turned_again + gpu
+    return tokens * (norms + attention + mlp) + turned_again + gpu
 
 
 def _outside_saved(config: ModelConfig, shape: StepShape) -> int:
@@ -232,6 +233,6 @@ def _attention_backward(config: ModelConfig, shape: StepShape) -> int:
     D, M, E = config.width, config.mlp_hidden, 2
     if not shape.bf16 or shape.fused_norm:
         return 0
-    a_token = 4 * D + E * (D + 3 * D + 3 * D) - 4 * D - 4 - 2 * E * M
+    a_token = 4 * D + E * (D + 3 * D + 3 * D) - E * D - 4 - 2 * E * M
     scores = most_scores(shape.batch * config.heads, shape.positions)
     return shape.batch * shape.positions * a_token + 3 * E * scores
