@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from command_words import refused, run
 from conftest import make_photo, make_video
+from PIL import Image
 
 from toto.evaluation.result import load_result
 
@@ -173,6 +174,13 @@ def test_data_that_would_mislead_is_refused(photos, clips, trained, tokenizer_fo
     line = refused(capsys, *both)
     assert "1 of 5 items are training items, too (b/copy.jpg is a/2.jpg)" in line
     assert "--allow-overlap" in line
+    assert run(*both, "--allow-overlap") == 0
+    with Image.open(photos / "train" / "a" / "2.jpg") as picture:
+        picture.save(tmp_path / "test" / "b" / "copy.png")
+    (tmp_path / "test" / "b" / "copy.jpg").unlink()
+    for task in ("image", "probe"):
+        line = refused(capsys, "evaluate", task, *both[2:])
+        assert "1 of 5 items are training items, too (b/copy.png is a/2.jpg): their pixels are equal" in line
     assert run(*both, "--allow-overlap") == 0
     assert run("evaluate", "image", *words, photos / "train", "--test", photos / "test", "--limit", 2) == 0
     assert "accuracy is over 4 evaluated of 4 offered" in capsys.readouterr().out  # two of each of the two classes

@@ -115,6 +115,11 @@ def test_what_is_wrong_takes_one_line(checkpoint, trained, photos, tokenizer_fol
     assert "unknown recipe 'nothing'" in refused(capsys, "finetune", "nothing")
     assert "would train on the split it tests on" in refused(capsys, *words, photos, "--test-split", "val")
     assert "12 of 12 items are training items, too" in refused(capsys, *words, photos, "--test", photos)
+    (tmp_path / "again" / "dark").mkdir(parents=True)
+    with Image.open(photos / "dark" / "3.png") as picture:
+        picture.save(tmp_path / "again" / "dark" / "3.bmp")
+    line = refused(capsys, *words, photos, "--test", tmp_path / "again")
+    assert "1 of 1 items are training items, too (dark/3.bmp is dark/3.png): their pixels are equal" in line
     (tmp_path / "other" / "grey").mkdir(parents=True)
     make_photo(tmp_path / "other" / "grey" / "0.jpg")
     line = refused(capsys, *words, photos, "--test", tmp_path / "other")

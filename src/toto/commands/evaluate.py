@@ -51,7 +51,8 @@ class ProbeOptions:
         test_split: test on this split, of TEST or of DATA.
         test_share: the share that is held back.
         procedural_clips: how many procedural clips are made for training; a third as many for testing.
-        allow_overlap: test on items that are training items, too, byte for byte.
+        allow_overlap: test also on items that hold the same bytes or show the same pixels as a training item; else they
+            are refused.
         limit: train on so many clips of each class at most, and test on so many; None takes all.
         out: write the result record to this JSON file.
         plot: write accuracy by layer with intervals to this SVG or PNG file.

@@ -36,7 +36,8 @@ class Options:
         test_clips: the same for TEST; by default --clips.
         test_split: test on this split, of TEST or of DATA.
         test_share: the share that is held back.
-        allow_overlap: test also on items that hold the same bytes as a training item; else they are refused.
+        allow_overlap: test also on items that hold the same bytes or show the same pixels as a training item; else they
+            are refused.
         limit: train on so many items of each class at most, and test on so many; None takes all.
         tokenizer: "embedded", or a tokenizer folder; a model with patch inputs needs none.
         resume: continue the run in OUT from its newest checkpoint, exactly.

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 from toto.media.clip import Clip
-from toto.media.images import OpenFile, format_of, is_animated, read_image
+from toto.media.images import OpenFile, declared_size, format_of, is_animated, read_image
 from toto.media.sampling import require_frames
 from toto.media.video import Ended, Event, Kept, gather, open_video
 from toto.media.windows import Window, window_events
@@ -37,6 +37,7 @@ __all__ = [
     "OpenFile",
     "Window",
     "codec_of",
+    "declared_size",
     "is_animated",
     "media_kind",
     "read_clip",

@@ -65,6 +65,15 @@ def format_of(path: Path | OpenFile) -> str | None:
         return None
 
 
+def declared_size(path: Path | OpenFile) -> tuple[int, int] | None:
+    """Width and height as an image's header tells them, before it is turned upright; None where it is no image."""
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            return image.size
+    except Exception:  # as in `read_image`
+        return None
+
+
 def is_animated(path: Path | OpenFile) -> bool:
     """Whether an image file holds several frames."""
     try:
@@ -92,7 +101,7 @@ def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
     rows = max(1, PIXELS_IN_BAND // image.width)
     for top in range(0, image.height, rows):
         box = (0, top, image.width, min(top + rows, image.height))
-        pixels[top : top + rows] = convert(image.crop(box))
+        pixels[top : top + rows] = convert(image if rows >= image.height else image.crop(box))
     return pixels
 
 
