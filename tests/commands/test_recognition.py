@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from command_words import refused, run
@@ -107,6 +109,21 @@ def test_videos_by_several_views(checkpoint, tokenizer_folder, tmp_path, capsys)
     assert "10 x 3 views, offered 1: 1 ok" in capsys.readouterr().out
     assert run("predict", "--checkpoint", out, "--tokenizer", tokenizer_folder, *files, "--clips", 1, "--crops", 1) == 0
     assert "1 x 1 views" in capsys.readouterr().out
+
+
+def test_columns_of_parquet_files_are_named(checkpoint, trained, photos, tokenizer_folder, tmp_path, capsys):
+    files = sorted(photos.rglob("*.png"))
+    columns = {"cover": [file.read_bytes() for file in files], "tone": [file.parent.name for file in files]}
+    pq.write_table(pa.table(columns | {"thumb": columns["cover"]}), tmp_path / "t.parquet")
+    words = ["finetune", "images-small", "--checkpoint", checkpoint, "--tokenizer", tokenizer_folder, *QUICK]
+    words += ["--data", tmp_path / "t.parquet", "--label-column", "tone", "--out", tmp_path / "run", "--image-column"]
+    assert "no column 'page' (columns: cover, tone, thumb)" in refused(capsys, *words, "page")
+    assert run(*words, "cover") == 0
+    assert "2 classes, in their order: dark, light" in capsys.readouterr().out
+    assert "holds a run with other data" in refused(capsys, *words, "thumb", "--resume")
+    told = ["predict", "--checkpoint", trained, "--tokenizer", tokenizer_folder, tmp_path / "t.parquet", files[0]]
+    assert run(*told, "--image-column", "thumb") == 0
+    assert "offered 13: 13 ok" in capsys.readouterr().out
 
 
 def test_what_is_wrong_takes_one_line(checkpoint, trained, photos, tokenizer_folder, tmp_path, capsys):

@@ -44,6 +44,8 @@ class DoctorOptions:
         source: what `toto tokenize` takes: a folder, a file, a manifest, a container, or KIND:PATH.
         clips: the folder that holds what a manifest names; by default the manifest's own.
         split: look at this split alone.
+        image_column: of parquet files, the column with the bytes of images or videos; by default one with a usual name.
+        label_column: of parquet files and CSVs, the column with the labels; by default one with a usual name.
         sample: decode this many items, spread evenly; 0 decodes all. Names, sizes and labels are always all read.
         tokenizer: "embedded" or a tokenizer folder, for the estimate.
         size: as in `toto tokenize`.
@@ -59,6 +61,8 @@ class DoctorOptions:
     source: Positional[AnyPath]
     clips: AnyPath | None = None
     split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     sample: int = 200
     tokenizer: str = EMBEDDED
     size: int = 128
@@ -117,7 +121,13 @@ def examine(options: DoctorOptions) -> dict[str, Any]:
     Raises:
         ConfigError: there is nothing to read.
     """
-    catalog = open_source(str(options.source), clips=options.clips, split=options.split)
+    catalog = open_source(
+        str(options.source),
+        clips=options.clips,
+        split=options.split,
+        image_column=options.image_column,
+        label_column=options.label_column,
+    )
     speed = encode_speed(options, 1 if all(item.kind == "image" for item in catalog.items) else ENCODED_FRAMES)
     duplicates = find_duplicates(catalog.items)
     items = evenly(catalog.items, options.sample)

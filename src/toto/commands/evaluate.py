@@ -46,9 +46,13 @@ class ProbeOptions:
             are made by code.
         clips: the folder that holds what a manifest names; by default the manifest's own.
         split: train on this split alone.
+        image_column: of parquet files, the column with the bytes of images or videos; by default one with a usual name.
+        label_column: of parquet files and CSVs, the column with the labels; by default one with a usual name.
         test: another source to test on; without it and without --test-split, a share of DATA is held back.
         test_clips: the same for TEST; by default --clips.
         test_split: test on this split, of TEST or of DATA.
+        test_image_column: the same for TEST; by default --image-column.
+        test_label_column: the same for TEST; by default --label-column.
         test_share: the share that is held back.
         procedural_clips: how many procedural clips are made for training; a third as many for testing.
         allow_overlap: test also on items that hold the same bytes or show the same pixels as a training item; else they
@@ -77,9 +81,13 @@ class ProbeOptions:
     data: str
     clips: AnyPath | None = None
     split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     test: str | None = None
     test_clips: AnyPath | None = None
     test_split: str | None = None
+    test_image_column: str | None = None
+    test_label_column: str | None = None
     test_share: float = 0.3
     procedural_clips: int = 480
     allow_overlap: bool = False

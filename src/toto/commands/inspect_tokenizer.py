@@ -58,6 +58,7 @@ class InspectOptions:
             as they are; without it the held-out scenes and photographs of the embedded sample.
         clips: the folder that holds what a manifest names; by default the manifest's own.
         split: look at this split of DATA alone.
+        image_column: of parquet files, the column with the bytes of images or videos; by default one with a usual name.
         size: of media: the shortest side becomes this, then a square of it is cut out.
         stride: of videos: every stride-th frame is looked at.
         frames: at most so many frames are looked at, spread evenly over the items.
@@ -70,6 +71,7 @@ class InspectOptions:
     data: str | None = None
     clips: AnyPath | None = None
     split: str | None = None
+    image_column: str | None = None
     size: int = 128
     stride: int = 6
     frames: int = 10_000
@@ -83,8 +85,9 @@ class InspectOptions:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", where=f"--{name}")
         if not self.tokenizer:
             raise ConfigError("names no tokenizer", where="--tokenizer", fix=f"give {EMBEDDED!r} or a folder")
-        if self.data is None and (self.clips or self.split):
-            raise ConfigError("names no source of its own", where="--clips or --split", fix="give --data")
+        if self.data is None and (self.clips or self.split or self.image_column):
+            where = "--clips, --split or --image-column"
+            raise ConfigError("names no source of its own", where=where, fix="give --data")
 
 
 def run(words: list[str]) -> None:
@@ -120,6 +123,8 @@ def inspect(tokenizers: dict[str, Tokenizer], options: InspectOptions) -> list[P
     if options.data is not None and is_store(as_path(options.data)):
         if options.clips:
             raise ConfigError("a store names no clips elsewhere", where="--clips", fix="leave it out")
+        if options.image_column:
+            raise ConfigError("a store has no columns to name", where="--image-column", fix="leave it out")
         store = TokenStore(options.data)
         for name, tokenizer in tokenizers.items():
             store.passport.require_tokenizer(
@@ -133,7 +138,8 @@ def inspect(tokenizers: dict[str, Tokenizer], options: InspectOptions) -> list[P
         except MediaError as error:
             raise ConfigError(error.what, where=f"--size, tokenizer {name}", fix=error.fix) from None
     if options.data is not None:
-        listed = {options.data: open_source(options.data, clips=options.clips, split=options.split)}
+        catalog = open_source(options.data, clips=options.clips, split=options.split, image_column=options.image_column)
+        listed = {options.data: catalog}
     else:
         root = sample.sample_folder()
         listed = {f"held-out {kind}": open_source(str(root / kind / "heldout")) for kind in ("scenes", "photographs")}

@@ -11,7 +11,7 @@ import tyro
 from toto.commands.parsing import parse
 from toto.evaluation.classifier import classifier_sha256, load_classifier
 from toto.evaluation.recognition import Predictor
-from toto.media.catalogs import open_source
+from toto.media.catalogs import open_source, takes_column
 from toto.media.ledger import LedgerRow, count_by_status, summary, unused
 from toto.runtime.device import Precision, pick_device
 from toto.runtime.errors import ConfigError, MediaError
@@ -25,8 +25,9 @@ class Options:
     """Name what files show, by a classifier that `toto finetune` made.
 
     Attributes:
-        files: images, videos, or folders of them.
+        files: images, videos, or folders of them, or any other source that `toto tokenize` reads.
         checkpoint: a run of `toto finetune`, or its classifier folder.
+        image_column: of parquet files, the column with the bytes of images or videos; by default one with a usual name.
         tokenizer: "embedded", or a tokenizer folder; a model with patch inputs needs none.
         clips: of a video, spread over it; by default those the classifier was tested with.
         crops: 1 or 3; likewise.
@@ -39,6 +40,7 @@ class Options:
 
     files: Annotated[tuple[str, ...], tyro.conf.Positional]
     checkpoint: str
+    image_column: str | None = None
     tokenizer: str = EMBEDDED
     clips: int | None = None
     crops: Literal[1, 3] | None = None
@@ -70,7 +72,8 @@ def run(words: list[str]) -> bool:
     found = []
     for source in options.files:
         try:
-            catalog = open_source(source)
+            column = options.image_column if takes_column(source, "image_column") else None
+            catalog = open_source(source, image_column=column)
         except ConfigError as error:
             rows.append(LedgerRow(id=source, kind="", status="corrupt", reason=error.what))
             continue

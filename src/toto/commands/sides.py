@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 from toto.evaluation.labelled import LabelledClips, catalog_clips, split_by_share
-from toto.media.catalogs import takes_clips
+from toto.media.catalogs import takes_clips, takes_column
 from toto.runtime.errors import ConfigError
 from toto.runtime.places import AnyPath
 
@@ -27,6 +27,14 @@ class Asked(Protocol):
         """Train on this split alone."""
 
     @property
+    def image_column(self) -> str | None:
+        """The column with the bytes of images or videos."""
+
+    @property
+    def label_column(self) -> str | None:
+        """The column with the labels."""
+
+    @property
     def test(self) -> str | None:
         """Another source to test on."""
 
@@ -37,6 +45,14 @@ class Asked(Protocol):
     @property
     def test_split(self) -> str | None:
         """Test on this split."""
+
+    @property
+    def test_image_column(self) -> str | None:
+        """The same as `image_column`, for `test`."""
+
+    @property
+    def test_label_column(self) -> str | None:
+        """The same as `label_column`, for `test`."""
 
     @property
     def test_share(self) -> float:
@@ -53,9 +69,20 @@ def training_and_test(asked: Asked, *, frames: int, stride: int, seed: int) -> t
         seed: of the share that is held back.
 
     Raises:
-        ConfigError: no split to test on, or media of another kind there.
+        ConfigError: no split to test on, media of another kind there, or columns of nothing.
     """
-    train = catalog_clips(asked.data, frames=frames, stride=stride, clips=asked.clips, split=asked.split)
+    if asked.test is None and (asked.test_image_column or asked.test_label_column):
+        where = "--test-image-column or --test-label-column"
+        raise ConfigError("names no source of its own", where=where, fix="give --test")
+    train = catalog_clips(
+        asked.data,
+        frames=frames,
+        stride=stride,
+        clips=asked.clips,
+        split=asked.split,
+        image_column=asked.image_column,
+        label_column=asked.label_column,
+    )
     if asked.test is None and asked.test_split is None:
         return split_by_share(train, asked.test_share, seed=seed)
     if asked.test is None and asked.split is None:
@@ -67,6 +94,8 @@ def training_and_test(asked: Asked, *, frames: int, stride: int, seed: int) -> t
         stride=stride,
         clips=asked.test_clips or (asked.clips if takes_clips(source) else None),
         split=asked.test_split,
+        image_column=asked.test_image_column or (asked.image_column if takes_column(source, "image_column") else None),
+        label_column=asked.test_label_column or (asked.label_column if takes_column(source, "label_column") else None),
         classes=train.classes,
     )
     if test.modality != train.modality:

@@ -43,6 +43,8 @@ class Options:
         out: the study's folder: a run and a read-out for each model, and study.json.
         clips: the folder that holds what a manifest names.
         split: train on this split alone.
+        image_column: of parquet files, the column with the bytes of images or videos; by default one with a usual name.
+        label_column: of parquet files and CSVs, the column with the labels; by default one with a usual name.
         test: what is tested on; without it and without --test-split, a share of DATA is held back.
         test_split: test on this split, of TEST or of DATA.
         limit: train on so many items of each class at most, and test on so many.
@@ -55,6 +57,8 @@ class Options:
     out: Path
     clips: AnyPath | None = None
     split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     test: str | None = None
     test_split: str | None = None
     limit: int | None = None
@@ -116,6 +120,8 @@ def _read_out(arm: Arm, config: FinetuneConfig, options: Options) -> Result:
         out=folder,
         clips=options.clips,
         split=options.split,
+        image_column=options.image_column,
+        label_column=options.label_column,
         test=options.test,
         test_split=options.test_split,
         limit=options.limit,

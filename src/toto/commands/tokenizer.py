@@ -12,7 +12,7 @@ import tyro
 
 from toto.commands import import_tokenizer, inspect_tokenizer
 from toto.commands.parsing import parse, parse_weight, take_word
-from toto.media.catalogs import recognise, takes_clips
+from toto.media.catalogs import recognise, takes_clips, takes_column
 from toto.media.ledger import count_by_status, summary, unused
 from toto.recipes import tokenizer_recipe, tokenizer_recipes
 from toto.runtime.errors import ConfigError
@@ -34,8 +34,11 @@ class TrainOptions:
             `toto tokenize` reads.
         clips: the folder that holds what the manifests among them name; by default each manifest's own.
         split: train on this split alone.
+        image_column: of the parquet files among them, the column with the bytes of images or videos; by default one
+            with a usual name.
         heldout: what to look at while it trains, instead of the recipe's.
         heldout_clips: the same for the held-out sources; by default --clips.
+        heldout_image_column: the same for the held-out sources; by default --image-column.
         heldout_split: look at this split, of the held-out sources or, where there are none, of DATA.
         data_stride: every so manieth frame of the videos.
         resume: continue the run in OUT, exactly.
@@ -46,8 +49,10 @@ class TrainOptions:
     data: tuple[str, ...] = ()
     clips: AnyPath | None = None
     split: str | None = None
+    image_column: str | None = None
     heldout: tuple[str, ...] = ()
     heldout_clips: AnyPath | None = None
+    heldout_image_column: str | None = None
     heldout_split: str | None = None
     data_stride: int = 4
     resume: bool = False
@@ -86,22 +91,31 @@ def named_sources(options: TrainOptions) -> dict[str, tuple[Source, ...]]:
     Raises:
         ConfigError: clips or a split are named for a recipe's own frames, or it would look at what it trains on.
     """
-    if not options.data and (options.clips or options.split):
-        raise ConfigError("names no source of its own", where="--clips or --split", fix="give --data")
-    if not options.heldout and (options.heldout_clips or options.heldout_split):
-        if not options.data or options.heldout_clips:
-            raise ConfigError("names no source of its own", where="--heldout-clips", fix="give --heldout")
+    if not options.data and (options.clips or options.split or options.image_column):
+        where = "--clips, --split or --image-column"
+        raise ConfigError("names no source of its own", where=where, fix="give --data")
+    if not options.heldout and (options.heldout_clips or options.heldout_image_column or options.heldout_split):
+        if not options.data or options.heldout_clips or options.heldout_image_column:
+            where = "--heldout-image-column" if options.heldout_image_column else "--heldout-clips"
+            raise ConfigError("names no source of its own", where=where, fix="give --heldout")
         if options.split is None:
             raise ConfigError("would train on the split it looks at", where="--heldout-split", fix="name --split, too")
     found = {}
     if options.data:
-        found["sources"] = sources(options.data, options.data_stride, clips=options.clips, split=options.split)
+        found["sources"] = sources(
+            options.data,
+            options.data_stride,
+            clips=options.clips,
+            split=options.split,
+            image_column=options.image_column,
+        )
     if options.heldout or options.heldout_split:
         found["heldout"] = sources(
             options.heldout or options.data,
             options.data_stride,
             clips=options.heldout_clips or options.clips,
             split=options.heldout_split,
+            image_column=options.heldout_image_column or options.image_column,
         )
     return found
 
@@ -130,9 +144,14 @@ def options_with(recipe: TokenizerTrainConfig) -> type[Any]:
 
 
 def sources(
-    words: tuple[str, ...], stride: int, *, clips: AnyPath | None = None, split: str | None = None
+    words: tuple[str, ...],
+    stride: int,
+    *,
+    clips: AnyPath | None = None,
+    split: str | None = None,
+    image_column: str | None = None,
 ) -> tuple[Source, ...]:
-    """Read `SOURCE[=SHARE]` words; `clips` goes to those that name clips elsewhere."""
+    """Read `SOURCE[=SHARE]` words; `clips` goes to those that name clips elsewhere, the column to parquet files."""
     if stride < 1:
         raise ConfigError(f"must be at least 1, is {stride}", where="--data-stride")
     found = []
@@ -143,7 +162,18 @@ def sources(
         embedded = where.startswith(SAMPLE)
         name = (Path(where) if embedded else recognise(where).path).name or where
         known = clips if clips and not embedded and takes_clips(where) else None
-        found.append(Source(name=name, where=where, stride=stride, share=weight, clips=known, split=split))
+        column = image_column if not embedded and takes_column(where, "image_column") else None
+        found.append(
+            Source(
+                name=name,
+                where=where,
+                stride=stride,
+                share=weight,
+                clips=known,
+                split=split,
+                image_column=column,
+            )
+        )
     names = [source.name for source in found]
     if len(set(names)) < len(names):
         raise ConfigError(f"folders of the same name ({', '.join(names)})", where="--data", fix="rename one")

@@ -134,6 +134,8 @@ def catalog_clips(
     stride: int,
     clips: AnyPath | None = None,
     split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     classes: tuple[str, ...] | None = None,
 ) -> LabelledClips:
     """The labelled videos, or images, of any source that `toto tokenize` reads.
@@ -144,12 +146,14 @@ def catalog_clips(
         stride: of the frames.
         clips: the folder that holds what a manifest names.
         split: only items of this split.
+        image_column: of parquet files, the column with the bytes.
+        label_column: of parquet files and CSVs, the column with the labels.
         classes: the class order, of the training clips; None takes the source's own, of the classes that have a clip.
 
     Raises:
         ConfigError: an item without a label, images and videos mixed, or a class that is not in `classes`.
     """
-    catalog = open_source(source, clips=clips, split=split)
+    catalog = open_source(source, clips=clips, split=split, image_column=image_column, label_column=label_column)
     items = catalog.items
     loose = [item.id for item in items if item.label is None]
     if loose:
@@ -164,8 +168,9 @@ def catalog_clips(
     unknown = sorted(found - set(names))
     if unknown:
         raise ConfigError(f"classes {', '.join(unknown)} are not among the training classes", where=source)
+    chosen = {"split": split, "image column": image_column, "label column": label_column}
     return LabelledClips(
-        name=source if split is None else f"{source}, split {split}",
+        name=", ".join([source, *(f"{what} {name}" for what, name in chosen.items() if name is not None)]),
         modality="image" if kinds == {"image"} else "video",
         classes=names,
         labels=tuple(names.index(str(item.label)) for item in items),

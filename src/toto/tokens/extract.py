@@ -32,7 +32,7 @@ from toto.runtime.progress import Progress
 from toto.runtime.provenance import RECORD, as_plain, write_provenance
 from toto.runtime.workers import worker_count
 from toto.tokens.encoding import Encoded, Framing, view_id
-from toto.tokens.origin import Origin, digest
+from toto.tokens.origin import CHOSEN, Origin, digest
 from toto.tokens.output import PLAN, Output
 from toto.tokens.parallel import TASKS_A_WORKER, Work, encode_all, tasks
 from toto.tokens.passport import Passport
@@ -71,6 +71,8 @@ class TokenizeConfig:
         out: the store's folder, or a URL.
         clips: the folder that holds what a manifest names; by default the manifest's own.
         split: use this split alone (train, val, ...).
+        image_column: of parquet files, the column with the bytes of images or videos; by default one with a usual name.
+        label_column: of parquet files and CSVs, the column with the labels; by default one with a usual name.
         tokenizer: "embedded" or a tokenizer folder.
         size: R; the shortest side becomes R, then an R x R crop is taken.
         stride: every stride-th frame of a video is kept (the paper: 4).
@@ -96,6 +98,8 @@ class TokenizeConfig:
     out: AnyPath
     clips: AnyPath | None = None
     split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     tokenizer: str = EMBEDDED
     size: int = 128
     stride: int = 4
@@ -154,7 +158,13 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
             where=config.tokenizer,
             fix="use another tokenizer",
         )
-    catalog = open_source(str(config.source), clips=config.clips, split=config.split)
+    catalog = open_source(
+        str(config.source),
+        clips=config.clips,
+        split=config.split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+    )
     with Output(config.out) as output:
         if _plan(config, passport, catalog, output) == "open":
             parts = _make_parts(config, tokenizer, catalog, output)
@@ -283,8 +293,7 @@ def _choices(config: TokenizeConfig, catalog: Catalog) -> dict[str, Any]:
         unusual[ONLINE] = origin.for_job()
     if catalog.form != "imagefolder":
         unusual["form"] = catalog.form
-    if config.split is not None:
-        unusual["split"] = config.split
+    unusual |= {name: getattr(config, name) for name in CHOSEN if getattr(config, name) is not None}
     return chosen | unusual | ({"precision": config.precision} if config.precision != "fp32" else {})
 
 

@@ -18,6 +18,8 @@ from toto.runtime.provenance import as_plain
 from toto.tokens.shards import ONLINE
 from toto.tokens.tokenizer import EMBEDDED
 
+CHOSEN = ("split", "image_column", "label_column")  # of a source, which a job names where they aren't the usual ones
+
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
@@ -28,6 +30,8 @@ class Origin:
         clips: the folder that holds what a manifest names.
         split: the one that was used.
         tokenizer: its name or folder.
+        image_column: the column with the bytes, where it was named.
+        label_column: the column with the labels, where it was named.
         catalog_sha256: of what the source offered; None before that is known.
     """
 
@@ -35,6 +39,8 @@ class Origin:
     clips: str | None
     split: str | None
     tokenizer: str
+    image_column: str | None = None
+    label_column: str | None = None
     catalog_sha256: str | None = None
 
     @staticmethod
@@ -51,10 +57,11 @@ class Origin:
     @staticmethod
     def of_job(job: Mapping[str, Any]) -> Origin:
         """The origin that a store's job names."""
-        return Origin(**job[ONLINE], split=job.get("split"), catalog_sha256=job["catalog_sha256"])
+        chosen: dict[str, Any] = {name: job.get(name) for name in CHOSEN}
+        return Origin(**job[ONLINE], **chosen, catalog_sha256=job["catalog_sha256"])
 
     def for_job(self) -> dict[str, Any]:
-        """What the job says of it beside the split and the catalog."""
+        """What the job says of it beside what was chosen of it and the catalog."""
         return {"source": self.source, "clips": self.clips, "tokenizer": self.tokenizer}
 
     def catalog(self, *, where: Any) -> Catalog:
@@ -63,7 +70,13 @@ class Origin:
         Raises:
             ConfigError: it is gone, or has changed.
         """
-        catalog = open_source(self.source, clips=None if self.clips is None else as_path(self.clips), split=self.split)
+        catalog = open_source(
+            self.source,
+            clips=None if self.clips is None else as_path(self.clips),
+            split=self.split,
+            image_column=self.image_column,
+            label_column=self.label_column,
+        )
         if digest(catalog) != self.catalog_sha256:
             raise ConfigError(
                 f"was made of other files than {self.source} holds now",

@@ -41,6 +41,7 @@ class Source:
         share: this source's share of the crops (relative to the others); not used for held-out frames.
         clips: the folder that holds what a manifest names; None is the manifest's own.
         split: only items of this split.
+        image_column: of parquet files, the column with the bytes; None is one with a usual name.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Source:
     share: float
     clips: AnyPath | None = None
     split: str | None = None
+    image_column: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,7 @@ def catalog_of(source: Source) -> Catalog:
     """What a source offers; see `toto.media.catalogs.open_source` for the errors."""
     embedded = source.where.startswith(SAMPLE)
     where = str(sample.sample_folder() / source.where.removeprefix(SAMPLE)) if embedded else source.where
-    return open_source(where, clips=source.clips, split=source.split)
+    return open_source(where, clips=source.clips, split=source.split, image_column=source.image_column)
 
 
 def load(source: Source, *, room: int = MEMORY) -> Loading:

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from toto.media.catalog import Bytes, Catalog, Item, Row, class_order, size_of
-from toto.media.catalogs.entries import Entries, container_files, split_in_name
-from toto.media.decode import Kind, is_animated, media_kind
+from toto.media.catalogs.entries import Entries, container_files, require_column, split_in_name
+from toto.media.decode import Kind, codec_of, is_animated, media_kind
 from toto.media.unpacked import TAR_ENDINGS, damage_of, open_tar
 from toto.runtime.errors import ConfigError, MediaError
 from toto.runtime.remote import RemotePath
@@ -28,6 +28,7 @@ JSON_LABELS = ("label", "cls", "class", "class_name", "category")
 MEDIA_COLUMNS = ("image", "img", "video", "jpg", "jpeg", "png", "webp", "mp4", "image_bytes", "bytes", "content")
 VIDEO_COLUMNS = ("video", "mp4", "webm", "avi", "mov")
 LABEL_COLUMNS = ("label", "labels", "class", "cls", "fine_label", "category")
+FEW_ROWS = 16
 Member = tarfile.TarInfo
 
 
@@ -164,10 +165,20 @@ def _label_in_json(text: str) -> str | None:
     return next((str(value) for value in found if isinstance(value, str | int) and not isinstance(value, bool)), None)
 
 
-def parquet(path: Path | RemotePath, _clips: Path | RemotePath) -> Catalog:
+def parquet(
+    path: Path | RemotePath,
+    _clips: Path | RemotePath,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Catalog:
     """Parquet files with the bytes of images or videos: Hugging Face's struct of bytes and path, or plain binary.
 
-    Labels are numbers, with the names that the metadata gives them where it does, or words.
+    Labels are numbers, with the names that the metadata gives them where it does, or words. Columns that aren't named
+    are those of `MEDIA_COLUMNS` and `LABEL_COLUMNS`.
+
+    Raises:
+        ConfigError: no such column, or one that can't hold what it should.
     """
     entries = Entries("parquet")
     named: tuple[str, ...] = ()
@@ -175,8 +186,10 @@ def parquet(path: Path | RemotePath, _clips: Path | RemotePath) -> Catalog:
         entries.split = split_in_name(name)
         try:
             opened = pq.ParquetFile(file if isinstance(file, Path) else file.open("rb"))
-            names = _class_names(opened.schema_arrow, file)
-            for item in _rows(opened, name, file, names):
+            media = _media_column(opened.schema_arrow, file, image_column)
+            label = _label_column(opened.schema_arrow, file, label_column)
+            names = _class_names(opened.schema_arrow, file, label)
+            for item in _rows(opened, name, file, media, label, names):
                 entries.items.append(item)
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
@@ -189,17 +202,22 @@ def parquet(path: Path | RemotePath, _clips: Path | RemotePath) -> Catalog:
     return entries.catalog(named or class_order(entries.labels))
 
 
-def _rows(opened: pq.ParquetFile, name: str, file: Path | RemotePath, names: tuple[str, ...]) -> Iterator[Item]:
+def _rows(
+    opened: pq.ParquetFile,
+    name: str,
+    file: Path | RemotePath,
+    column: str,
+    labelled: str | None,
+    names: tuple[str, ...],
+) -> Iterator[Item]:
     schema = opened.schema_arrow
-    column = _media_column(schema, file)
-    labelled = next((each for each in LABEL_COLUMNS if each in schema.names), None)
     split = "split" if "split" in schema.names and pa.types.is_string(schema.field("split").type) else None
     field = schema.field(column).type
     paths = f"{column}.path" if pa.types.is_struct(field) and field.get_field_index("path") >= 0 else None
     wanted = [each for each in (labelled, split, paths) if each]
     count = opened.metadata.num_rows
     size = (size_of(file) or 0) // max(1, count)
-    usual: Kind = "video" if column in VIDEO_COLUMNS else "image"
+    usual = _usual_kind(opened, column)
     number = 0
     for batch in opened.iter_batches(columns=wanted) if wanted else [None] * count:
         rows = [{}] if batch is None else batch.to_pylist()
@@ -223,13 +241,33 @@ def _kind_by_name(name: str | None) -> Kind | None:
     return None if path.suffix.lower() == ".gif" else media_kind(path)
 
 
-def _media_column(schema: pa.Schema, file: Path | RemotePath) -> str:
+def _usual_kind(opened: pq.ParquetFile, column: str) -> Kind:
+    """What the rows of a column hold that don't say it: by its name, or by the first of them."""
+    if column in (*MEDIA_COLUMNS, *VIDEO_COLUMNS):
+        return "video" if column in VIDEO_COLUMNS else "image"
+    for batch in opened.iter_batches(FEW_ROWS, columns=[column]):
+        for value in batch.column(0).to_pylist():
+            content = value.get("bytes") if isinstance(value, dict) else value
+            if content:
+                is_image = codec_of(io.BytesIO(content), "image") != "unknown"
+                return "image" if is_image or codec_of(io.BytesIO(content), "video") == "unknown" else "video"
+    return "image"
+
+
+def _media_column(schema: pa.Schema, file: Path | RemotePath, asked: str | None) -> str:
     holds = [name for name in schema.names if _holds_bytes(schema.field(name).type)]
+    if asked is not None:
+        require_column(asked, schema.names, where=file, option="--image-column")
+        if asked not in holds:
+            what = f"column {asked!r} holds {schema.field(asked).type}, not the bytes of images or videos"
+            fix = f"columns with bytes: {', '.join(holds)}" if holds else "embed the files in the parquet file"
+            raise ConfigError(what, where=file, fix=fix)
+        return asked
     known = [name for name in MEDIA_COLUMNS if name in holds]
     if not known and len(holds) != 1:
         found = ", ".join(schema.names)
         raise ConfigError(
-            f"no column with images or videos (columns: {found})", where=file, fix="name it image or video"
+            f"no column with images or videos (columns: {found})", where=file, fix="name it with --image-column"
         )
     return (known or holds)[0]
 
@@ -241,18 +279,38 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _class_names(schema: pa.Schema, file: Path | RemotePath) -> tuple[str, ...]:
-    """The names of the classes in their order, from Hugging Face's metadata or a key `classes` with commas."""
+def _usual_label(schema: pa.Schema) -> str | None:
+    return next((name for name in LABEL_COLUMNS if name in schema.names), None)
+
+
+def _label_column(schema: pa.Schema, file: Path | RemotePath, asked: str | None) -> str | None:
+    if asked is None:
+        return _usual_label(schema)
+    require_column(asked, schema.names, where=file, option="--label-column")
+    kind = schema.field(asked).type
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_integer(values) or pa.types.is_string(values) or pa.types.is_large_string(values)):
+        what = f"column {asked!r} holds {kind}, and labels are words or whole numbers"
+        raise ConfigError(what, where=file, fix="name another one with --label-column")
+    return asked
+
+
+def _class_names(schema: pa.Schema, file: Path | RemotePath, labelled: str | None) -> tuple[str, ...]:
+    """The names of its classes in their order, from Hugging Face's metadata or a key `classes` with commas.
+
+    That key doesn't say which column it is about: it is the usual one.
+    """
     metadata = schema.metadata or {}
     if b"huggingface" in metadata:
         try:
             features = json.loads(metadata[b"huggingface"])["info"]["features"]
-            found = next((features[name].get("names") for name in LABEL_COLUMNS if name in features), None)
+            found = features[labelled].get("names") if labelled in features else None
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             raise ConfigError("its Hugging Face metadata is damaged", where=file, fix="write the file again") from None
         if found:
             return tuple(str(name) for name in found)
-    return tuple(metadata[b"classes"].decode().split(",")) if b"classes" in metadata else ()
+    told = b"classes" in metadata and labelled == _usual_label(schema)
+    return tuple(metadata[b"classes"].decode().split(",")) if told else ()
 
 
 def _row_label(value: object, names: tuple[str, ...], file: Path | RemotePath, number: int) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -207,6 +208,16 @@ def in_range(name: str) -> list[str]:
         raise ConfigError(f"{found[0]} is no range of 1 to {MOST_IN_RANGE:,} files", where=name, fix="write {000..099}")
     numbers = (f"{number:0{len(found[1])}d}" for number in range(first, last + 1))
     return [each for number in numbers for each in in_range(name[: found.start()] + number + name[found.end() :])]
+
+
+def require_column(name: str, columns: Sequence[str], *, where: Path | RemotePath, option: str) -> None:
+    """Refuse the name of a column that a table hasn't got.
+
+    Raises:
+        ConfigError: names those that it has.
+    """
+    if name not in columns:
+        raise ConfigError(f"no column {name!r} (columns: {', '.join(columns)})", where=where, fix=f"check {option}")
 
 
 def bad_line(path: Path | RemotePath, line: int, what: str, fix: str = "mend the line") -> ConfigError:

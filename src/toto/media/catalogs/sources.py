@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from toto.media.catalog import Catalog, files_below, is_file, list_source
 from toto.media.catalogs import containers, manifests, tables
@@ -15,7 +16,7 @@ from toto.runtime.errors import ConfigError
 from toto.runtime.places import as_path
 from toto.runtime.remote import RemotePath
 
-Opener = Callable[[Path | RemotePath, Path | RemotePath], Catalog]  # the source, and the folder of its clips
+Opener = Callable[..., Catalog]  # of the source, and the folder of its clips; with the columns of `COLUMNS`
 
 
 def _folder(path: Path | RemotePath, _clips: Path | RemotePath) -> Catalog:
@@ -33,6 +34,8 @@ KINDS: dict[str, Opener] = {
     "jsonl": manifests.json_lines,
 }
 WITHOUT_CLIPS = ("imagefolder", "webdataset", "parquet")
+IMAGE_COLUMN, LABEL_COLUMN = "image_column", "label_column"
+COLUMNS = {"parquet": (IMAGE_COLUMN, LABEL_COLUMN), "kinetics": (LABEL_COLUMN,), "howto100m": (LABEL_COLUMN,)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,14 @@ class Source:
     path: Path | RemotePath
 
 
-def open_source(source: str, *, clips: Path | RemotePath | None = None, split: str | None = None) -> Catalog:
+def open_source(
+    source: str,
+    *,
+    clips: Path | RemotePath | None = None,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Catalog:
     """The catalog of a source.
 
     Args:
@@ -51,9 +61,11 @@ def open_source(source: str, *, clips: Path | RemotePath | None = None, split: s
             parquet files is written `part-{000..099}.tar`.
         clips: the folder that holds what a manifest names; None is the manifest's own folder.
         split: only items of this split; in a folder tree, the folder of that name.
+        image_column: of parquet files, the column with the bytes of images or videos; None is one with a usual name.
+        label_column: of parquet files and CSVs, the column with the labels; None is one with a usual name.
 
     Raises:
-        ConfigError: it doesn't exist, holds nothing to read, is malformed, or has no such split.
+        ConfigError: it doesn't exist, holds nothing to read, is malformed, or has no such split or column.
         PlaceError: it lies elsewhere and can't be reached.
     """
     place = recognise(source)
@@ -62,9 +74,13 @@ def open_source(source: str, *, clips: Path | RemotePath | None = None, split: s
             raise ConfigError(f"{place.kind} names no clips elsewhere", where="--clips", fix="leave it out")
         if not clips.is_dir():
             raise ConfigError("no such folder", where=f"--clips {clips}", fix="check the path")
+    named = _named(IMAGE_COLUMN, image_column, place) | _named(LABEL_COLUMN, label_column, place)
     if place.kind == "imagefolder":
         return _folder_split(place.path, split)
-    catalog = KINDS[place.kind](place.path, clips or _folder_of(place.path))
+    catalog = KINDS[place.kind](place.path, clips or _folder_of(place.path), **named)
+    if label_column and catalog.items and all(item.label is None for item in catalog.items):
+        what, fix = f"column {label_column!r} holds no label", "name another one with --label-column"
+        raise ConfigError(what, where=source, fix=fix)
     catalog = _only(catalog, split, source) if split is not None else catalog
     if not catalog.items:
         first = f"{catalog.skipped[0].id}: {catalog.skipped[0].reason}" if catalog.skipped else "it is empty"
@@ -74,9 +90,24 @@ def open_source(source: str, *, clips: Path | RemotePath | None = None, split: s
     return catalog
 
 
+def _named(option: str, column: str | None, place: Source) -> dict[str, str]:
+    """An opener's argument for a column that is named; none where it isn't."""
+    if column is None:
+        return {}
+    if option not in COLUMNS.get(place.kind, ()):
+        word = f"--{option.replace('_', '-')}"
+        raise ConfigError(f"{place.kind} has no such column to name", where=f"{word} {column}", fix="leave it out")
+    return {option: column}
+
+
 def takes_clips(source: str) -> bool:
     """Whether a source names clips that lie elsewhere; see `recognise` for the errors."""
     return recognise(source).kind not in WITHOUT_CLIPS
+
+
+def takes_column(source: str, option: Literal["image_column", "label_column"]) -> bool:
+    """Whether a source has such a column that can be named; see `recognise` for the errors."""
+    return option in COLUMNS.get(recognise(source).kind, ())
 
 
 def recognise(source: str) -> Source:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from toto.media.catalog import Catalog
-from toto.media.catalogs.entries import ClipFiles, Entries, bad_line, relative_to_clips
+from toto.media.catalogs.entries import ClipFiles, Entries, bad_line, relative_to_clips, require_column
 from toto.media.decode import IMAGE_ENDINGS, VIDEO_ENDINGS
 from toto.runtime.errors import ConfigError
 from toto.runtime.remote import RemotePath
@@ -17,17 +17,28 @@ ID_COLUMNS = ("video_id", "vid", "youtube_id", "id")
 LABEL_COLUMNS = ("label", "category_1")
 
 
-def kinetics(path: Path | RemotePath, clips: Path | RemotePath) -> Catalog:
+def kinetics(path: Path | RemotePath, clips: Path | RemotePath, *, label_column: str | None = None) -> Catalog:
     """Kinetics' own CSV (label, youtube_id, time_start, time_end, split), or `path label` a line.
 
     The label is a word or a whole number, after the last space (or comma). Clips of the CSV are looked for as
     `ID_SSSSSS_EEEEEE` and `ID`, in folders of classes or not, with any ending of a video.
     """
     first = next((words for _, words in _rows(path)), [])
-    return _official(path, clips) if set(KINETICS_COLUMNS) <= set(first) else _paths_and_labels(path, clips)
+    official = set(KINETICS_COLUMNS) <= set(first)
+    _require_label(label_column, first if official else None, path)
+    return _official(path, clips, label_column or "label") if official else _paths_and_labels(path, clips)
 
 
-def _official(path: Path | RemotePath, clips: Path | RemotePath) -> Catalog:
+def _require_label(column: str | None, heading: list[str] | None, path: Path | RemotePath) -> None:
+    """Refuse the name of a label column that a table hasn't got; `heading` None is a list without any."""
+    if column is None:
+        return
+    if heading is None:
+        raise ConfigError("its columns have no names", where=path, fix="leave --label-column out")
+    require_column(column, heading, where=path, option="--label-column")
+
+
+def _official(path: Path | RemotePath, clips: Path | RemotePath, labelled: str) -> Catalog:
     entries, files = Entries("kinetics"), ClipFiles(clips)
     for line, row in _records(path, KINETICS_COLUMNS):
         try:
@@ -35,7 +46,7 @@ def _official(path: Path | RemotePath, clips: Path | RemotePath) -> Catalog:
         except ValueError:
             times = f"{row['time_start']!r}, {row['time_end']!r}"
             raise bad_line(path, line, f"times {times} are no numbers") from None
-        video, label, split = row["youtube_id"], row.get("label") or None, row.get("split") or None
+        video, label, split = row["youtube_id"], row.get(labelled) or None, row.get("split") or None
         if not video:
             raise bad_line(path, line, "no youtube_id")
         stems = (f"{video}_{start:06d}_{end:06d}", f"{video}_{start}_{end}", video)
@@ -55,11 +66,13 @@ def _paths_and_labels(path: Path | RemotePath, clips: Path | RemotePath) -> Cata
     return entries.catalog()
 
 
-def howto100m(path: Path | RemotePath, clips: Path | RemotePath) -> Catalog:
+def howto100m(path: Path | RemotePath, clips: Path | RemotePath, *, label_column: str | None = None) -> Catalog:
     """A CSV with a column video_id (its category_1 is the label), or an id a line; files by id, with any ending."""
     entries, files = Entries("howto100m"), ClipFiles(clips)
     first = next((words for _, words in _rows(path)), [])
     column = next((name for name in ID_COLUMNS if name in first), None)
+    _require_label(label_column, first if column else None, path)
+    labelled = (label_column,) if label_column else LABEL_COLUMNS
     if column:
         named = _records(path, (column,))
     else:
@@ -68,7 +81,7 @@ def howto100m(path: Path | RemotePath, clips: Path | RemotePath) -> Catalog:
         video = row[column or ""]
         if not video:
             raise bad_line(path, line, "no video id")
-        label = next((row[name] for name in LABEL_COLUMNS if row.get(name)), None)
+        label = next((row[name] for name in labelled if row.get(name)), None)
         stem = video.removesuffix(Path(video).suffix) if Path(video).suffix.lower() in VIDEO_ENDINGS else video
         entries.add(stem, files.find(stem), line=line, wanted=f"{stem}.*", label=label, split=row.get("split") or None)
     return entries.catalog()
