@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_photo, make_video
 
+from toto.evaluation import contents
 from toto.evaluation.backbones.pixels import PixelBackbone
 from toto.evaluation.feature_cache import CacheConfig, FeatureCache
 from toto.evaluation.labelled import catalog_clips, extract, procedural_clips, stream_features
 from toto.runtime.errors import ConfigError, StorageError, StoreError
+from toto.runtime.places import sha256_at
 
 
 class Counting(PixelBackbone):
@@ -160,7 +164,7 @@ def test_damaged_files_are_told(tmp_path):
 def test_one_process_at_a_time_fills_it(tmp_path):
     first = backbone()
     cache = cache_of(tmp_path, first)
-    with cache.part(CLIPS.identity(), first.layers, 20).filling(), pytest.raises(StoreError, match="another process"):
+    with cache.part(CLIPS.identity(""), first.layers, 20).filling(), pytest.raises(StoreError, match="another process"):
         extract(first, CLIPS, batch=4, cache=cache)
 
 
@@ -187,6 +191,128 @@ def test_unreadable_clips_keep_their_places_and_changed_files_are_read_again(tmp
     other = backbone()
     extract(other, catalog_clips(str(data), frames=2, stride=1), batch=2, cache=cache_of(tmp_path / "cache1", other))
     assert other.seen == 5  # other frames
+
+
+def padded_photo(path, number):
+    """A photograph in a file of 4,000 bytes."""
+    content = make_photo(path, height=32, width=32, number=number).read_bytes()
+    path.write_bytes(content.ljust(4000, b"\0"))
+    assert path.stat().st_size == 4000
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for number in range(4):
+        padded_photo(tmp_path / "data" / "ab"[number % 2] / f"{number}.jpg", number)
+    return tmp_path / "data"
+
+
+def computed(data, cache):
+    """How many clips of a source are computed, as the cache hasn't got them."""
+    asked = Counting(size=16, grid=2)
+    extract(asked, catalog_clips(str(data), frames=1, stride=1), batch=2, cache=cache_of(cache, asked))
+    return asked.seen
+
+
+def exchange(file, other):
+    """Put other bytes of the same number in place of a file, with its times, as `cp -p` does."""
+    before = file.stat()
+    aside = file.with_name(".aside")
+    aside.write_bytes(other.read_bytes())
+    os.utime(aside, ns=(before.st_atime_ns, before.st_mtime_ns))
+    aside.replace(file)
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.fixture(params=[60.0, -60.0], ids=["young files", "old files"])
+def age(request, monkeypatch):
+    """Files that have just been written, or that count as old ones."""
+    monkeypatch.setattr(contents, "RECENT", request.param)
+
+
+@pytest.mark.usefixtures("age")
+def test_a_file_in_the_place_of_another_with_its_size_and_time_is_read_anew(pictures, tmp_path):
+    assert computed(pictures, tmp_path / "cache") == 4
+    assert computed(pictures, tmp_path / "cache") == 0
+    exchange(pictures / "a" / "0.jpg", padded_photo(tmp_path / "other.jpg", 9))
+    assert computed(pictures, tmp_path / "cache") == 4
+    assert computed(pictures, tmp_path / "cache") == 0
+
+
+@pytest.mark.usefixtures("age")
+def test_rows_are_those_of_their_file(tmp_path):
+    def write(name, numbers):
+        photos = [padded_photo(tmp_path / f"{n}.jpg", n).read_bytes() for n in numbers]
+        pq.write_table(pa.table({"image": photos, "label": ["a", "b"]}), tmp_path / name, compression="none")
+
+    write("t.parquet", (0, 1))
+    write("u.parquet", (0, 2))
+    assert (tmp_path / "t.parquet").stat().st_size == (tmp_path / "u.parquet").stat().st_size
+    assert computed(tmp_path / "t.parquet", tmp_path / "cache") == 2
+    exchange(tmp_path / "t.parquet", tmp_path / "u.parquet")
+    assert computed(tmp_path / "t.parquet", tmp_path / "cache") == 2
+    assert computed(tmp_path / "t.parquet", tmp_path / "cache") == 0
+
+
+def test_files_that_hold_the_same_are_not_computed_again_wherever_they_are(pictures, tmp_path):
+    assert computed(pictures, tmp_path / "cache") == 4
+    os.utime(pictures / "a" / "0.jpg", (0, 0))
+    assert computed(pictures, tmp_path / "cache") == 0
+    shutil.copytree(pictures, tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    assert computed(tmp_path / "elsewhere", tmp_path / "cache") == 0
+
+
+def test_only_files_with_new_stamps_or_young_ones_are_read(pictures, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(contents, "sha256_at", lambda path: read.append(path) or sha256_at(path))
+    for recent, expected in ((60.0, 4), (60.0, 8), (-60.0, 12), (-60.0, 12)):  # young ones may change once more unseen
+        monkeypatch.setattr(contents, "RECENT", recent)
+        computed(pictures, tmp_path / "cache")
+        assert len(read) == expected
+    os.utime(pictures / "a" / "0.jpg", (0, 0))
+    computed(pictures, tmp_path / "cache")
+    assert len(read) == 16
+    (tmp_path / "cache" / "known.json").write_text("damaged")
+    assert computed(pictures, tmp_path / "cache") == 0
+    assert len(read) == 20
+
+
+def test_files_that_change_while_they_are_read_are_refused(pictures, tmp_path):
+    class Writing(Counting):
+        def features(self, frames):
+            if not self.seen:
+                self.write()
+            return super().features(frames)
+
+    def extracted(write):
+        asked = Writing(size=16, grid=2)
+        asked.write = write
+        clips = catalog_clips(str(pictures), frames=1, stride=1)
+        extract(asked, clips, batch=2, cache=cache_of(tmp_path / "cache", asked))
+
+    file = pictures / "b" / "3.jpg"
+    before = file.read_bytes()
+    with pytest.raises(ConfigError, match="its files changed while they were read; run the same command again"):
+        extracted(lambda: padded_photo(file, 8))
+    file.write_bytes(before)
+    extracted(lambda: file.chmod(0o600))  # and none of what was made of the other one is left
+    fresh = Counting(size=16, grid=2)
+    clips = catalog_clips(str(pictures), frames=1, stride=1)
+    found = extract(fresh, clips, batch=2, cache=cache_of(tmp_path / "cache", fresh))
+    assert fresh.seen == 0
+    equal(found, extract(fresh, clips, batch=2))
+
+
+def test_files_at_urls_are_known_by_what_the_server_says_of_them(pictures, tmp_path):
+    elsewhere = fsspec.filesystem("memory")
+    for file in pictures.rglob("*.jpg"):
+        elsewhere.pipe_file(f"/features/{file.parent.name}/{file.name}", file.read_bytes())
+    assert computed("memory://features", tmp_path / "cache") == 4
+    assert computed("memory://features", tmp_path / "cache") == 0
+    elsewhere.pipe_file("/features/a/0.jpg", elsewhere.cat_file("/features/a/2.jpg"))
+    assert computed("memory://features", tmp_path / "cache") == 4
+    elsewhere.rm("/features", recursive=True)
 
 
 def test_the_machine_has_a_folder_for_each_backbone(tmp_path, monkeypatch):

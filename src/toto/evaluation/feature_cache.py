@@ -6,6 +6,7 @@
         ledger.jsonl                  a line for each clip that was offered, with what became of it
         progress.json                 how much of these files is good; written aside, after they were synced
         lock                          held by the process that is filling the folder
+    known.json                        checksums of what files hold, by their stamps; with `auto`, beside the folders
 
 A folder is of one backbone: another one, or the same with other weights, tokenizer, precision or modality, is refused
 by name. Files grow by appending, so a full disk is an error in one line, and nothing is written beyond the bound.
@@ -38,6 +39,7 @@ from toto.runtime.files import read_json, write_json, writing
 
 FORMAT, VERSION = "toto-features", 1
 CACHE_FILE, PROGRESS_FILE, LEDGER_FILE, LOCK_FILE = "cache.json", "progress.json", "ledger.jsonl", "lock"
+KNOWN_FILE = "known.json"
 AUTO: Final = "auto"
 Stored = Literal["bf16", "fp16", "fp32"]
 DTYPES: Final[dict[Stored, torch.dtype]] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -118,6 +120,22 @@ class FeatureCache:
             if found.whole and set(layers) <= set(found.state.layers):
                 return found
         return Part(self, self.folder / f"{key}-{key_of(list(layers))[:8]}", layers, offered)
+
+    def known(self, stamps: str) -> str | None:
+        """The checksum of what files with these stamps hold; None where nobody has read them."""
+        found = self._known().get(stamps)
+        return found if isinstance(found, str) else None
+
+    def remember(self, stamps: str, files: str) -> None:
+        """Keep the checksum of what files with these stamps hold."""
+        write_json(self.root / KNOWN_FILE, self._known() | {stamps: files})
+
+    def _known(self) -> dict[str, Any]:
+        try:
+            found = read_json(self.root / KNOWN_FILE, what="list of checksums")
+        except StoreError:  # of none or a damaged one: the files are read again
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def require_room(self, size: int, part: Path) -> None:
         """Refuse `size` bytes for a part where they don't fit.
@@ -252,6 +270,12 @@ class Part:
         plain["shape"] = {str(layer): list(each) for layer, each in self.state.shape.items()}
         write_json(self.folder / PROGRESS_FILE, plain)
         self._kept = time.monotonic()
+
+    def forget(self) -> None:
+        """Begin anew the next time: what is there is of other clips than it says."""
+        with writing(self.folder):
+            (self.folder / PROGRESS_FILE).unlink(missing_ok=True)
+        self.state = _State()
 
     def read(self) -> tuple[dict[int, Tensor], list[LedgerRow]]:
         """Features by layer, `[rows, tokens, D]`, mapped into memory, and the ledger's rows.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 
+from toto.evaluation.contents import contents_of, of_items, settled, stamp_of
 from toto.evaluation.feature_cache import FeatureCache
-from toto.evaluation.features import Backbone
+from toto.evaluation.features import Backbone, sha256_of_plain
 from toto.evaluation.probe import Features
-from toto.media.catalog import Item, size_of
+from toto.media.catalog import Item
 from toto.media.catalogs import open_source
 from toto.media.clip import Clip
 from toto.media.ledger import LedgerRow, count_by_status
@@ -56,14 +57,12 @@ class LabelledClips:
     items: tuple[Item, ...] = ()
     how: str = ""
 
-    def identity(self) -> dict[str, object]:
-        """What the pixels of the clips depend on: their ids, how frames are chosen, and the files' sizes and times."""
-        stamps: dict[str, object] = {}
-        for item in self.items:
-            if str(item.path) not in stamps:
-                here = isinstance(item.path, Path) and item.path.is_file()
-                stamps[str(item.path)] = [size_of(item.path), Path(str(item.path)).stat().st_mtime_ns if here else None]
-        files = [[stamps[str(item.path)], repr(item.part)] for item in self.items]
+    def identity(self, files: str) -> dict[str, object]:
+        """What the pixels of the clips depend on: their ids, how frames are chosen, and what their files hold.
+
+        Args:
+            files: a checksum of what they hold (see `toto.evaluation.contents`); empty where code makes the clips.
+        """
         return {"ids": self.ids, "how": self.how, "files": files, "name": "" if self.items else self.name}
 
     def subset(self, numbers: list[int]) -> LabelledClips:
@@ -318,10 +317,45 @@ def _require_memory(features: dict[int, torch.Tensor], clips: LabelledClips) -> 
 def _cached(
     backbone: Backbone, clips: LabelledClips, batch: int, cache: FeatureCache
 ) -> tuple[dict[int, torch.Tensor], list[LedgerRow]]:
-    part = cache.part(clips.identity(), backbone.layers, len(clips.labels))
+    began, stamps = time.time_ns(), _stamps(clips)
+    files = _files(clips, stamps, cache, now=began) if clips.items else ""
+    part = cache.part(clips.identity(files), backbone.layers, len(clips.labels))
     if not part.whole:
         with part.filling():
             for block in stream_features(backbone, clips, batch=batch, start=part.next):
                 part.add(block.features, block.rows)
+            if _changed(clips, stamps, files):
+                part.forget()
+                raise _changing(clips)
             part.keep(whole=True)
     return part.read()
+
+
+def _stamps(clips: LabelledClips) -> str:
+    return sha256_of_plain(of_items(clips.items, stamp_of))
+
+
+def _files(clips: LabelledClips, stamps: str, cache: FeatureCache, *, now: int) -> str:
+    """A checksum of what the clips' files hold; they are read only where a stamp is not that of the last time."""
+    found = cache.known(stamps)
+    if found is None:
+        found = _checksum(clips)
+        if _changed(clips, stamps, found):
+            raise _changing(clips)
+        if settled(clips.items, now=now):
+            cache.remember(stamps, found)
+    return found
+
+
+def _checksum(clips: LabelledClips) -> str:
+    return sha256_of_plain(contents_of(clips.items, name=clips.name))
+
+
+def _changed(clips: LabelledClips, stamps: str, files: str) -> bool:
+    """Whether the clips' files hold something else by now; they are read where a stamp is another one."""
+    return bool(clips.items) and _stamps(clips) != stamps and _checksum(clips) != files
+
+
+def _changing(clips: LabelledClips) -> ConfigError:
+    fix = "run the same command again when nobody writes them"
+    return ConfigError("its files changed while they were read", where=clips.name, fix=fix)

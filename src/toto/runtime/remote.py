@@ -14,6 +14,17 @@ from toto.runtime.errors import ConfigError
 from toto.runtime.network import BLOCK, NOT_THERE, URL, WEB, RangeFile, copy, filesystem, reached
 
 AT_ONCE: Final = 16  # questions to a server
+VERSIONS: Final = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "Content-MD5",
+    "blob_id",
+    "Last-Modified",
+    "LastModified",
+    "mtime",
+    "created",
+)  # fmt: skip; what file systems call that which changes with a file
 
 
 def is_url(text: str) -> bool:
@@ -36,15 +47,16 @@ class RemotePath:
     Args:
         url: with its protocol.
         size: bytes of the file, where a listing told.
+        version: of the file, likewise.
     """
 
-    def __init__(self, url: str, *, size: int | None = None):
+    def __init__(self, url: str, *, size: int | None = None, version: str | None = None):
         found = URL.match(url)
         if not found:
             raise ConfigError("is no URL", where=url, fix="write protocol://place")
         self.protocol = found[1].lower()
         self.url = f"{self.protocol}://{found[2].rstrip('/')}"
-        self._size = size
+        self._size, self._version = size, version
         self._listing: tuple[RemotePath, ...] | None = None
         self._by_name: dict[RemotePath, RemotePath] | None = None
 
@@ -64,7 +76,7 @@ class RemotePath:
         return self.parts < other.parts
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuilt, (self.url, self._size)
+        return _rebuilt, (self.url, self._size, self._version)
 
     def __truediv__(self, name: str) -> RemotePath:
         """The place of this name below; a name with a protocol stands for itself."""
@@ -117,8 +129,16 @@ class RemotePath:
             PlaceError: the place can't be reached.
         """
         if self._size is None:
-            self._size = self._info()["size"]
+            self._learn(self._info())
         return self._size
+
+    @property
+    def version(self) -> str | None:
+        """What the server said that changes with the file, an ETag, a checksum or a time.
+
+        None where it said nothing of the kind, or wasn't asked for the file or its folder.
+        """
+        return self._version
 
     def is_file(self) -> bool:
         """Whether there is a file that may be read.
@@ -206,13 +226,16 @@ class RemotePath:
         info: Mapping[str, Any] = reached(lambda: files.info(path), where=self.url)
         return info
 
+    def _learn(self, info: Mapping[str, Any]) -> None:
+        self._size, self._version = info["size"], _version_in(info)
+
     def _is(self, kind: str) -> bool:
         try:
             info = self._info()
         except NOT_THERE:
             return False
         if info["type"] == "file":
-            self._size = info["size"]
+            self._learn(info)
         return bool(info["type"] == kind)
 
     def _listed(self) -> Iterator[RemotePath]:
@@ -226,15 +249,19 @@ class RemotePath:
             relative = name[len(prefix) :]
             if any(part.startswith(".") for part in relative.split("/")) or (self._web and "?" in relative):
                 continue
-            found.append(RemotePath(f"{self._address}/{relative}", size=info.get("size")))
+            found.append(RemotePath(f"{self._address}/{relative}", size=info.get("size"), version=_version_in(info)))
         unsized = [file for file in found if file._size is None]
         with ThreadPoolExecutor(AT_ONCE) as threads:
             list(threads.map(lambda file: file.is_file(), unsized))
         yield from sorted(found)
 
 
-def _rebuilt(url: str, size: int | None) -> RemotePath:
-    return RemotePath(url, size=size)
+def _rebuilt(url: str, size: int | None, version: str | None) -> RemotePath:
+    return RemotePath(url, size=size, version=version)
+
+
+def _version_in(info: Mapping[str, Any]) -> str | None:
+    return next((str(info[name]) for name in VERSIONS if info.get(name)), None)
 
 
 def _find(files: Any, path: str) -> dict[str, Any]:
