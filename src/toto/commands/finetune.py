@@ -18,7 +18,9 @@ from toto.evaluation.overlap import require_apart
 from toto.evaluation.result import Metric, Result
 from toto.media.ledger import LedgerRow, summary, unused
 from toto.recipes import RECOGNITION
+from toto.runtime.device import pick_device
 from toto.runtime.places import AnyPath
+from toto.runtime.ranks import joined_ranks
 from toto.tokens.tokenizer import EMBEDDED, load_tokenizer
 
 
@@ -71,17 +73,19 @@ def run(words: list[str]) -> None:
     name, rest = take_word(words, verb="finetune", what="RECIPE", known=list(RECOGNITION))
     options = parse(options_with(Options, RECOGNITION[name]()), rest, verb=f"finetune {name}")
     recipe: FinetuneConfig = vars(options)["recipe"]
-    train, test = labelled(options, recipe)
-    result = finetune(
-        recipe,
-        options.out,
-        checkpoint=options.checkpoint,
-        tokenizer=load_tokenizer(options.tokenizer),
-        train=train,
-        test=test,
-        resume=options.resume,
-    )
-    print_result(result, options.out)
+    with joined_ranks(device=recipe.device, timeout=recipe.timeout) as ranks:
+        train, test = labelled(options, recipe)
+        result = finetune(
+            recipe,
+            options.out,
+            checkpoint=options.checkpoint,
+            tokenizer=load_tokenizer(options.tokenizer, device=pick_device(ranks.device(recipe.device))),
+            train=train,
+            test=test,
+            resume=options.resume,
+        )
+    if ranks.first:
+        print_result(result, options.out)
 
 
 def labelled(options: Options, recipe: FinetuneConfig) -> tuple[LabelledClips, LabelledClips]:

@@ -58,12 +58,13 @@ def run(words: list[str]) -> bool:
         raise ConfigError("no files are given", where="toto predict", fix="name images, videos or folders")
     if options.top < 1:
         raise ConfigError(f"must be at least 1, is {options.top}", where="--top")
-    loaded = load_classifier(options.checkpoint, device=pick_device(options.device))
+    device = pick_device(options.device)
+    loaded = load_classifier(options.checkpoint, device=device)
     views = loaded.card.views
     views = replace(views, clips=options.clips or views.clips, crops=options.crops or views.crops)
     see = Predictor(
         loaded,
-        load_tokenizer(options.tokenizer),
+        load_tokenizer(options.tokenizer, device=device),
         views=views,
         batch=options.batch,
         precision=options.precision,

@@ -18,6 +18,7 @@ from toto.evaluation.result import Metric, Result, load_result
 from toto.model.weights import load_card, load_config, newest_checkpoint
 from toto.recipes import STUDIES
 from toto.recipes.studies import Arm, ResolutionStudy, arms
+from toto.runtime.device import pick_device
 from toto.runtime.errors import ConfigError
 from toto.runtime.files import write_json
 from toto.runtime.places import AnyPath
@@ -132,7 +133,7 @@ def _read_out(arm: Arm, config: FinetuneConfig, options: Options) -> Result:
         config,
         folder,
         checkpoint=asked.checkpoint,
-        tokenizer=load_tokenizer(options.tokenizer),
+        tokenizer=load_tokenizer(options.tokenizer, device=pick_device(config.device)),
         train=items,
         test=test,
         resume=folder.exists(),

@@ -24,6 +24,7 @@ from toto.model.weights import Card, checkpoint_folder, load_card, load_model, s
 from toto.runtime.errors import CheckpointError, ConfigError, StoreError
 from toto.runtime.files import read_json, sha256_of, write_json
 from toto.runtime.provenance import as_plain
+from toto.runtime.ranks import summed
 from toto.tokens.sequence import Modality
 
 CARD_FILE, HEADS_FILE = "classifier.json", "heads.safetensors"
@@ -48,12 +49,34 @@ class HeadConfig:
     mlp_ratio: float = 1.0
 
 
+class SharedBatchNorm(nn.BatchNorm1d):
+    """A batch norm without parameters, whose batch is that of all processes of the job where `shared` is set."""
+
+    shared = False
+
+    def forward(self, rows: Float[Tensor, "rows D"]) -> Float[Tensor, "rows D"]:
+        """Standardised rows; in training the running moments move towards the batch's."""
+        if not (self.training and self.shared):
+            return super().forward(rows)
+        count = float(summed(torch.tensor(float(len(rows)), device=rows.device)))
+        mean = summed(rows.sum(dim=0)) / count
+        centred = rows - mean
+        variance = summed(centred.square().sum(dim=0)) / count
+        with torch.no_grad():
+            assert self.momentum is not None  # as torch has it by itself
+            self.get_buffer("running_mean").lerp_(mean, self.momentum)
+            self.get_buffer("running_var").lerp_(variance * (count / max(1.0, count - 1)), self.momentum)
+            self.get_buffer("num_batches_tracked").add_(1)
+        out: Tensor = centred * (variance + self.eps).rsqrt()
+        return out
+
+
 class ClassifierHead(nn.Module):
     """Tokens, normalised over the batch without parameters as AIM's; pooled; classified."""
 
     def __init__(self, width: int, classes: int, config: HeadConfig):
         super().__init__()
-        self.norm = nn.BatchNorm1d(width, eps=EPSILON, affine=False)
+        self.norm = SharedBatchNorm(width, eps=EPSILON, affine=False)
         attends = config.pool == "attention"
         self.pool = AttentionHead(width, classes, config.heads) if attends else AverageHead(width, classes)
         if config.classifier == "mlp":

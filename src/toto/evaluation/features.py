@@ -159,7 +159,7 @@ class TotoBackbone(Backbone):
         """One pass of the frozen trunk over the clips' sequences."""
         patches = None
         if self.tokenizer is not None:
-            found = self.tokenizer.encode(frames.flatten(0, 1))
+            found = self.tokenizer.encode(frames.flatten(0, 1).to(self.tokenizer.device))
             codes = found.reshape(*frames.shape[:2], *found.shape[1:])
         else:
             codes = torch.zeros((*frames.shape[:2], *self.grid), dtype=torch.int64)  # the model doesn't look at them

@@ -54,7 +54,8 @@ class FinetuneConfig:
         rope_base: None keeps it (the paper: 50,000 at 32 x 32 codes).
         epochs: passes over the training items.
         batch: items in a step.
-        micro_batch: items in one forward pass.
+        micro_batch: items in one forward pass of a process. Heads are normalised over those of all processes, so a job
+            of N processes equals one process with N times as many.
         optimizer: AdamW; its peak rate is that of the last block, its steps of warm-up are steps.
         head_rate: the heads' rate as a multiple of the last block's.
         layer_decay: block l of L has the rate x decay^(L - l), embeddings x decay^L.
@@ -71,6 +72,7 @@ class FinetuneConfig:
         device: auto, cpu, cuda, ...
         log_every: steps between rows of metrics.jsonl.
         save_every: steps between checkpoints.
+        timeout: seconds after which one of several processes gives up that hears nothing of another one.
     """
 
     mode: Mode = "probes"
@@ -98,6 +100,7 @@ class FinetuneConfig:
     device: str = "auto"
     log_every: int = 10
     save_every: int = 500
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "micro_batch", "validate_every", "log_every", "save_every"):
@@ -111,6 +114,8 @@ class FinetuneConfig:
             raise ConfigError(f"{self.batch} is no multiple of {self.micro_batch}", where="--micro-batch")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"must lie in 0 .. 1, is {self.layer_decay}", where="--layer-decay")
+        if self.timeout <= 0:
+            raise ConfigError(f"must be positive, is {self.timeout}", where="--timeout")
         if self.stored_views < 0:
             raise ConfigError(f"must not be negative, is {self.stored_views}", where="--stored-views")
         if self.head_rate <= 0 or self.next_token_weight < 0:

@@ -24,6 +24,7 @@ from toto.media.transforms import Box, apply_crop, resize, square
 from toto.runtime.errors import ConfigError, MediaError
 from toto.runtime.files import read_json, remove_leftovers, write_json, written_aside
 from toto.runtime.progress import Progress
+from toto.runtime.ranks import ALONE, Ranks
 from toto.runtime.seed import stream
 from toto.tokens.patches import patchify
 from toto.tokens.sequence import Modality, pack
@@ -188,24 +189,19 @@ class StoredViews:
         """Items that can't be read, by their ids."""
         return self._fresh.failed
 
-    def make(self) -> None:
-        """Make what isn't there yet, and map all of it."""
+    def make(self, ranks: Ranks = ALONE) -> None:
+        """Make what isn't there yet, a part of the files in each process, and map all of it."""
         count = len(self._fresh.clips.items)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self._folder)
+        ranks.from_first(self._make_room)
+        blocks = [range(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK)]
         with Progress(f"{self._views} views of {self._fresh.clips.name}", total=count, unit="items") as progress:
-            for block, first in enumerate(range(0, count, BLOCK)):
-                numbers = range(first, min(first + BLOCK, count))
-                codes, table = self._folder / f"block-{block:05d}.npy", self._folder / f"block-{block:05d}.json"
-                if not table.exists():
-                    self._make(numbers, codes, table)
-                known = read_json(table, what="table of stored views")
-                self._fresh.failed.update({row["id"]: LedgerRow(**row) for row in known["failed"]})
-                if known["items"]:
-                    self._blocks.append(np.load(codes, mmap_mode="r"))
-                    for place, number in enumerate(known["items"]):
-                        self._places[number] = len(self._blocks) - 1, place
+            for block, numbers in enumerate(blocks):
+                if block % ranks.world == ranks.rank and not self._files(block)[1].exists():
+                    self._make(numbers, *self._files(block))
                 progress.advance(len(numbers))
+        ranks.gathered(None)  # all are there
+        for block in range(len(blocks)):
+            self._map(*self._files(block))
 
     def batch(self, numbers: Sequence[int], epoch: int) -> tuple[list[int], Kept | None]:
         """Those of some items that could be read, and what is kept of them."""
@@ -213,6 +209,22 @@ class StoredViews:
         view = epoch % self._views
         rows = [self._blocks[block][place, view] for block, place in map(self._places.__getitem__, found)]
         return found, np.stack(rows) if rows else None
+
+    def _files(self, block: int) -> tuple[Path, Path]:
+        """Codes, and the table of what is in them."""
+        return self._folder / f"block-{block:05d}.npy", self._folder / f"block-{block:05d}.json"
+
+    def _make_room(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self._folder)
+
+    def _map(self, codes: Path, table: Path) -> None:
+        known = read_json(table, what="table of stored views")
+        self._fresh.failed.update({row["id"]: LedgerRow(**row) for row in known["failed"]})
+        if known["items"]:
+            self._blocks.append(np.load(codes, mmap_mode="r"))
+            for place, number in enumerate(known["items"]):
+                self._places[number] = len(self._blocks) - 1, place
 
     def _make(self, numbers: range, codes: Path, table: Path) -> None:
         fresh, items, kept = self._fresh, [], []

@@ -18,7 +18,7 @@ from toto.runtime.provenance import RECORD, as_plain
 from toto.tokens.passport import Passport
 from toto.tokens.tokenizer import Tokenizer
 
-FREE_TO_CHANGE = ("device", "log_every", "save_every")
+FREE_TO_CHANGE = ("device", "log_every", "micro_batch", "save_every", "timeout")
 
 
 def read_backbone(checkpoint: str, config: FinetuneConfig) -> CausalModel:

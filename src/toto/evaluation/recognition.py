@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ from toto.runtime.device import Precision, autocast
 from toto.runtime.errors import ConfigError, MediaError
 from toto.runtime.progress import Progress
 from toto.runtime.provenance import as_plain
+from toto.runtime.ranks import ALONE, Ranks
 from toto.tokens.passport import Passport
 from toto.tokens.tokenizer import Tokenizer
 
@@ -120,6 +122,16 @@ class Scores:
         return float(self.correct(layer).mean())
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Scored:
+    """What became of one item: its row, and where it could be read the mean probabilities of each layer."""
+
+    number: int
+    row: LedgerRow
+    means: dict[int, Float[Tensor, " classes"]] | None = None
+    repeated: int = 0
+
+
 def score(
     classifier: Classifier,
     clips: LabelledClips,
@@ -131,58 +143,70 @@ def score(
     size: int,
     batch: int,
     precision: Precision,
+    ranks: Ranks = ALONE,
 ) -> Scores:
     """Scores of labelled items, averaged over their views after the softmax; what can't be read is counted.
+
+    Several processes score a part each; all have the same in the end.
 
     Raises:
         ConfigError: nothing could be read.
     """
     classifier.eval()
-    means: dict[int, list[Tensor]] = {layer: [] for layer in classifier.layers}
-    labels, ids, rows, repeated = [], [], [], 0
-    waiting: list[Tensor] = []
+    scored: list[_Scored] = []
+    waiting: list[tuple[_Scored, Tensor]] = []
 
     def flush() -> None:
         if waiting:
-            kept = eyes.kept(torch.cat(waiting))
+            kept = eyes.kept(torch.cat([frames for _, frames in waiting]))
             found = probabilities(classifier, kept, eyes, batch=batch, precision=precision)
-            for layer, values in found.items():
-                means[layer] += [each.mean(dim=0) for each in torch.split(values, [len(each) for each in waiting])]
+            sizes = [len(frames) for _, frames in waiting]
+            by_item = {layer: torch.split(values, sizes) for layer, values in found.items()}
+            for place, (item, _) in enumerate(waiting):
+                means = {layer: values[place].mean(dim=0) for layer, values in by_item.items()}
+                scored.append(replace(item, means=means))
             waiting.clear()
 
+    mine = range(ranks.rank, len(clips.items), ranks.world)
+
     def read() -> Iterator[tuple[int, Views | MediaError]]:
-        for number, item in enumerate(clips.items):
+        for number in mine:
             try:
-                yield number, read_views(item, views, frames=frames, stride=stride, size=size)
+                yield number, read_views(clips.items[number], views, frames=frames, stride=stride, size=size)
             except MediaError as error:
                 yield number, error
 
     with (
-        Progress(f"testing on {clips.name}", total=len(clips.items), unit="items") as progress,
+        Progress(f"testing on {clips.name}", total=len(mine), unit="items") as progress,
         contextlib.closing(ahead(read(), READ_AHEAD)) as reading,
     ):
         for number, found in reading:
             item = clips.items[number]
             progress.advance()
             if isinstance(found, MediaError):
-                rows.append(LedgerRow(id=item.id, kind=item.kind, status=found.status, reason=found.what))
+                row = LedgerRow(id=item.id, kind=item.kind, status=found.status, reason=found.what)
+                scored.append(_Scored(number=number, row=row))
                 continue
-            rows.append(LedgerRow(id=item.id, kind=item.kind, status="ok", frames=frames))
-            labels.append(clips.labels[number])
-            ids.append(item.id)
-            repeated += found.repeated
-            waiting.append(found.frames)
-            if sum(map(len, waiting)) >= batch:
+            row = LedgerRow(id=item.id, kind=item.kind, status="ok", frames=frames)
+            waiting.append((_Scored(number=number, row=row, repeated=found.repeated), found.frames))
+            if sum(len(frames) for _, frames in waiting) >= batch:
                 flush()
         flush()
-    if not labels:
-        raise ConfigError(f"nothing could be read (the first: {rows[0].reason if rows else 'empty'})", where=clips.name)
+    return _all_scores(sorted(itertools.chain(*ranks.gathered(scored)), key=lambda each: each.number), clips)
+
+
+def _all_scores(scored: list[_Scored], clips: LabelledClips) -> Scores:
+    """The scores of all items, in their order."""
+    seen = [(each, each.means) for each in scored if each.means is not None]
+    if not seen:
+        first = scored[0].row.reason if scored else "empty"
+        raise ConfigError(f"nothing could be read (the first: {first})", where=clips.name)
     return Scores(
-        probabilities={layer: torch.stack(found) for layer, found in means.items()},
-        labels=torch.tensor(labels),
-        ids=tuple(ids),
-        ledger=(*rows, *clips.refused),
-        repeated=repeated,
+        probabilities={layer: torch.stack([means[layer] for _, means in seen]) for layer in seen[0][1]},
+        labels=torch.tensor([clips.labels[each.number] for each, _ in seen]),
+        ids=tuple(each.row.id for each, _ in seen),
+        ledger=(*(each.row for each in scored), *clips.refused),
+        repeated=sum(each.repeated for each, _ in seen),
     )
 
 

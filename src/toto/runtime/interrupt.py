@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 SAME_SIGNAL = 2.0  # seconds
+LEAVE_AFTER = 25.0  # seconds, for one of several processes; torchrun kills five later
 
 
 class StopRequest:

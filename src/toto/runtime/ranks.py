@@ -59,6 +59,14 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def gathered(self, value: Made) -> list[Made]:
+        """What each process gives, in their order; the same on each. By way of processors' memory."""
+        if self.world == 1:
+            return [value]
+        told: list[Any] = [None] * self.world
+        dist.all_gather_object(told, value, group=self.beside)
+        return told
+
     def from_first(self, make: Callable[[], Made]) -> Made:
         """What the first process makes, for all; an error of it is raised by all.
 
@@ -77,6 +85,29 @@ class Ranks:
             raise told[1]
         made: Made = told[0]
         return made
+
+
+ALONE = Ranks()  # a job of one process
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes of the job, which gradients flow through."""
+    out: Tensor = _Summed.apply(values)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Summed(torch.autograd.Function):
+    """As every process has the sum, what it does to each process's loss comes back to all."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        out = values.clone()
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _Summed.forward(ctx, grads[0])
 
 
 def rank_name() -> str:
@@ -103,7 +134,7 @@ def joined_ranks(*, device: str, timeout: float) -> Iterator[Ranks]:
         ConfigError: the job is described in part only, or can't be joined.
     """
     if not rank_name():
-        yield Ranks()
+        yield ALONE
         return
     try:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

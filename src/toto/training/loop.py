@@ -23,7 +23,7 @@ from toto.model.weights import Card, load_card, load_config, newest_checkpoint
 from toto.runtime.device import autocast, peak_memory, pick_device, use_bf16
 from toto.runtime.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
 from toto.runtime.files import remove_leftovers, write_json
-from toto.runtime.interrupt import StopRequest, stop_on_signal
+from toto.runtime.interrupt import LEAVE_AFTER, StopRequest, stop_on_signal
 from toto.runtime.machine import peak_of
 from toto.runtime.metrics import Metrics
 from toto.runtime.places import sha256_at
@@ -54,7 +54,6 @@ from toto.training.record import drawn_from, record, record_new_mixture, require
 from toto.training.watch import LossWatch
 
 Evaluate = Callable[[CausalModel], dict[str, float]]
-LEAVE_AFTER = 25.0  # seconds; torchrun kills five later
 
 
 def train(

@@ -10,7 +10,7 @@ from toto.evaluation.backbones.huggingface import OverFrames, open_huggingface
 from toto.evaluation.backbones.pixels import at_random, named_pixels
 from toto.evaluation.features import Backbone, open_backbone
 from toto.model.weights import checkpoint_folder, load_config
-from toto.runtime.device import Precision
+from toto.runtime.device import Precision, pick_device
 from toto.runtime.errors import CheckpointError, ConfigError
 from toto.tokens.tokenizer import EMBEDDED, Tokenizer, load_tokenizer
 
@@ -70,7 +70,7 @@ def load_backbone(
         folder = checkpoint_folder(text)
         if keep_class or over_frames != "concatenate":
             raise ConfigError("is for Hugging Face models", where="--keep-class, --over-frames", fix="leave it out")
-        opened = open_backbone(folder, _tokenizer(folder, tokenizer), device=device, precision=precision)
+        opened = open_backbone(folder, _tokenizer(folder, tokenizer, device), device=device, precision=precision)
         opened.name = text
         if frames not in (None, opened.frames):
             what = f"was trained on clips of {opened.frames} frames, not {frames}"
@@ -81,14 +81,14 @@ def load_backbone(
     return backbone
 
 
-def _tokenizer(folder: Path, tokenizer: str | Path | Tokenizer) -> Tokenizer | None:
-    """The tokenizer, where the model takes codes."""
+def _tokenizer(folder: Path, tokenizer: str | Path | Tokenizer, device: str) -> Tokenizer | None:
+    """The tokenizer, on the model's device, where that takes codes."""
     if load_config(folder).inputs != "tokens":
         return None
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
     try:
-        return load_tokenizer(tokenizer)
+        return load_tokenizer(tokenizer, device=pick_device(device))
     except CheckpointError as error:
         fix = "name the tokenizer that the model was trained with, --tokenizer FOLDER"
         raise CheckpointError(f"its tokenizer is absent: {error.what}", where=tokenizer, fix=fix) from None
