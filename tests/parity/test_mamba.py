@@ -132,6 +132,13 @@ def test_the_scan_is_the_plain_loop_with_its_gradients_from_any_state(length, ag
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_who_holds_the_last_state_does_not_hold_all():
+    u, b = torch.ones(2, 130, 3), torch.ones(2, 130, 5)
+    out, state = scan.selective_scan(u, u, -torch.ones(3, 5), b, b, torch.zeros(2, 3, 5))
+    assert out.is_contiguous()
+    assert state.untyped_storage().nbytes() == state.nbytes
+
+
 def test_a_decaying_state_neither_overflows_nor_loses_its_gradient():
     """Products of many factors near zero are never formed: a scan that divides by them would give NaN here."""
     u = torch.ones(1, 300, 2, requires_grad=True)

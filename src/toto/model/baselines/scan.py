@@ -6,7 +6,7 @@ Everything but the recurrence is done for a whole chunk at once. The recurrence 
 on each other's channels, is one fused product and sum a position, forward and backward; autograd sees it as one node.
 Nothing is divided or taken out of logarithms, so results equal the plain loop's within rounding.
 
-Dimensions beside the usual: E channels, G numbers of a channel's state; S comes first within a chunk.
+Dimensions beside the usual: E channels, G numbers of a channel's state.
 """
 
 from __future__ import annotations
@@ -32,42 +32,46 @@ def selective_scan(
 ) -> tuple[Float[Tensor, "B S E"], Float[Tensor, "B E G"]]:
     """The outputs of all positions, and the state after the last one; in fp32."""
     again = torch.is_grad_enabled() and u.numel() * a.shape[1] * 4 > KEPT_BYTES
-    chunks = [value.float().transpose(0, 1).split(CHUNK) for value in (u, dt, b, c)]  # type: ignore[no-untyped-call]
+    chunks = [value.float().split(CHUNK, dim=1) for value in (u, dt, b, c)]  # type: ignore[no-untyped-call]
     parts: list[Tensor] = []
     for each_u, each_dt, each_b, each_c in zip(*chunks, strict=True):
         chunk = (each_u, each_dt, each_b, each_c, a, state)
         out, state = checkpoint(_scan_chunk, *chunk, use_reentrant=False) if again else _scan_chunk(*chunk)
         parts.append(out)
-    return torch.cat(parts).transpose(0, 1), state
+    return torch.cat(parts, dim=1), state
 
 
 def _scan_chunk(u: Tensor, dt: Tensor, b: Tensor, c: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     kept = torch.exp(dt[..., None] * a)
     added = (dt * u)[..., None] * b[:, :, None, :]
-    states: Tensor = _Recurrence.apply(kept, added, state)  # type: ignore[no-untyped-call]
-    return (states @ c[..., None]).squeeze(-1), states[-1]
+    states, last = _Recurrence.apply(kept, added, state)  # type: ignore[no-untyped-call]
+    return (states @ c[..., None]).squeeze(-1), last
 
 
 class _Recurrence(torch.autograd.Function):
-    """h[t] = kept[t] x h[t - 1] + added[t], element by element; `first` is h before the chunk."""
+    """h[t] = kept[t] x h[t - 1] + added[t], element by element; `first` is h before the chunk.
+
+    Gives all states, and the last one as a copy: who holds that doesn't hold all.
+    """
 
     @staticmethod
-    def forward(ctx: Any, kept: Tensor, added: Tensor, first: Tensor) -> Tensor:
+    def forward(ctx: Any, kept: Tensor, added: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         states = torch.empty_like(added)
         before = first
-        for factor, new, state in zip(kept.unbind(), added.unbind(), states.unbind(), strict=True):
+        for factor, new, state in zip(kept.unbind(1), added.unbind(1), states.unbind(1), strict=True):
             before = torch.addcmul(new, factor, before, out=state)
         ctx.save_for_backward(kept, states, first)
-        return states
+        return states, before.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kept, states, first = ctx.saved_tensors
         through = grads[0].clone(memory_format=torch.contiguous_format)
-        steps, factors = through.unbind(), kept.unbind()
+        through[:, -1].add_(grads[1])
+        steps, factors = through.unbind(1), kept.unbind(1)
         for position in range(len(steps) - 1, 0, -1):
             steps[position - 1].addcmul_(factors[position], steps[position])
         of_kept = torch.empty_like(kept)
-        torch.mul(through[0], first, out=of_kept[0])
-        torch.mul(through[1:], states[:-1], out=of_kept[1:])
-        return of_kept, through, kept[0] * through[0]
+        torch.mul(through[:, 0], first, out=of_kept[:, 0])
+        torch.mul(through[:, 1:], states[:, :-1], out=of_kept[:, 1:])
+        return of_kept, through, kept[:, 0] * through[:, 0]
