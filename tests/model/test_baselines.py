@@ -23,6 +23,7 @@ from toto.model.config import ModelConfig, with_vocabulary
 from toto.model.weights import Card, load_model, save_llama, save_model
 from toto.recipes import PRETRAINING
 from toto.runtime.errors import CheckpointError, ConfigError
+from toto.runtime.machine import H100
 from toto.runtime.metrics import read_metrics
 from toto.training import parallel
 from toto.training.config import DataConfig, TrainConfig
@@ -295,12 +296,27 @@ def test_impossible_architectures_are_refused(wrong):
         wrong()
 
 
-@pytest.mark.parametrize("config", [GPT, MAMBA])
+@pytest.mark.parametrize("config", [GPT, MAMBA, replace(MAMBA, scan="transformers")])
 def test_a_plan_says_what_is_not_known(run, config):
-    from toto.runtime.machine import machine
-
-    plan = make_plan(replace(run, model=replace(config, vocab_size=None)), machine("h100"), Layout(devices=1))
-    assert not plan.whole_memory
-    assert plan.memory.total == 16 * plan.parameters["total"]
-    assert any(f"what is kept of {config.kind}'s blocks isn't known" in note for note in plan.notes)
+    plan = make_plan(replace(run, model=replace(config, vocab_size=None)), H100, Layout(devices=1))
+    known = config == GPT or config.scan == "chunked"
+    assert plan.whole_memory is known
+    if not known:
+        assert plan.memory.total == 16 * plan.parameters["total"]
+    assert any("what transformers' scan keeps isn't known" in note for note in plan.notes) is not known
+    assert any(f"memory of {config.kind}'s blocks on a GPU: worked out" in note for note in plan.notes) is known
     assert plan.hours > 0
+
+
+def test_a_plan_suggests_nothing_that_training_refuses(run):
+    for config, offered in ((GPT, True), (MAMBA, False)):
+        wide = replace(run, model=replace(config, width=256, vocab_size=None), batch=4, micro_batch=2)
+        most = make_plan(wide, H100, Layout(devices=1)).memory.total
+        small = replace(H100, memory=(most - 1) / H100.usable)
+        changes = make_plan(wide, small, Layout(devices=1)).changes
+        assert changes
+        assert any("checkpointing" in words for words in changes) is offered
+    again = Layout(devices=1, checkpointing="full")
+    with pytest.raises(ConfigError, match="blocks of a mamba model with its own scan can't be wrapped"):
+        make_plan(replace(run, model=MAMBA), H100, again)
+    assert make_plan(replace(run, model=replace(MAMBA, scan="transformers")), H100, again).recomputed

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from step_memory import measured_apart
 
 from toto.model.budget.flops import positions_of
 from toto.model.budget.memory import CATEGORIES, StepShape, training_memory
@@ -47,12 +43,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def measured():
-    """What each case's step really allocated, in a process of its own."""
-    script = Path(__file__).parent / "step_memory.py"
-    words = [sys.executable, str(script), json.dumps(list(CASES.values()))]
-    heap = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed leaves the process
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, **heap})
-    return dict(zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    return measured_apart(CASES)
 
 
 def planned(model, batch, length, bf16, passes, checkpointing):

@@ -90,11 +90,7 @@ def laid_out(
         ConfigError: processes that can't be arranged so.
     """
     if not model.calls_blocks and (config.checkpointing != "none" or config.compile):
-        raise ConfigError(
-            f"blocks of a {model.config.kind} model with its own scan can't be wrapped",
-            where="--parallel.checkpointing and --parallel.compile",
-            fix="leave them out, or use --model.scan transformers",
-        )
+        raise blocks_stay_as_they_are(model.config.kind)
     for block in model.blocks:
         forward: Callable[..., Any] = block.forward
         if config.checkpointing != "none":
@@ -114,6 +110,15 @@ def laid_out(
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.strategy != "ddp")
     fully_shard(learner, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     return learner
+
+
+def blocks_stay_as_they_are(kind: str) -> ConfigError:
+    """What to say where blocks were to be wrapped of a model that doesn't call them."""
+    return ConfigError(
+        f"blocks of a {kind} model with its own scan can't be wrapped",
+        where="--parallel.checkpointing and --parallel.compile",
+        fix="leave them out, or use --model.scan transformers",
+    )
 
 
 def last_of_step(learner: nn.Module, last: bool) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from toto.model.budget.baselines import BaselineConfig, baseline_flops, baseline_memory, uncounted_share
+from toto.model.baselines.config import MambaConfig
+from toto.model.budget.baseline_memory import baseline_memory, memory_is_known
+from toto.model.budget.baselines import BaselineConfig, baseline_flops, uncounted_share
 from toto.model.budget.flops import Flops, positions_of, training_flops
 from toto.model.budget.memory import Checkpointing, Memory, StepShape, training_memory
 from toto.model.budget.parameters import parameter_table
@@ -15,7 +17,7 @@ from toto.runtime.errors import ConfigError
 from toto.runtime.machine import Machine
 from toto.tokens.sequence import sequence_vocabulary
 from toto.training.config import TrainConfig
-from toto.training.parallel import Strategy
+from toto.training.parallel import Strategy, blocks_stay_as_they_are
 
 BYTES_OF_CODE = 2
 BYTES_OF_CHECKPOINT = 16  # a weight: itself, for use and to go on from, and two moments
@@ -69,7 +71,7 @@ class Plan:
         recomputed: operations of a step that checkpointing does again.
         total_flops: of the whole run, recomputed ones included.
         memory: of a rank.
-        whole_memory: whether `memory` is all of it; of the baselines only weights, gradients and moments are known.
+        whole_memory: whether `memory` is all of it; of transformers' own scan only weights, gradients and moments are.
         room: bytes that a rank may take.
         tokens: visual tokens of the whole run.
         tokens_a_step: visual tokens of a step.
@@ -126,6 +128,11 @@ class _Job:
         """Forward passes of a rank in a step."""
         return self.recipe.batch // (self.layout.devices * self.recipe.micro_batch)
 
+    @property
+    def calls_blocks(self) -> bool:
+        """Whether the model calls its blocks, so that they can be computed again and gathered one by one."""
+        return not isinstance(self.model, MambaConfig) or self.model.calls_blocks
+
     def sequences(self, frames: int, windows: int) -> tuple[int, int]:
         """As how many sequences of `frames` frames that many windows are read, and what the model is given of each."""
         positions = positions_of(self.model, frames * self.tokens.rows * self.tokens.cols)
@@ -160,7 +167,7 @@ def make_plan(config: TrainConfig, machine: Machine, layout: Layout, tokens: Tok
         recomputed=executed - full.total,
         total_flops=float(total),
         memory=memory,
-        whole_memory=isinstance(job.model, ModelConfig),
+        whole_memory=isinstance(job.model, ModelConfig) or memory_is_known(job.model),
         room=room,
         tokens=config.steps * tokens_a_step,
         tokens_a_step=tokens_a_step,
@@ -186,8 +193,10 @@ def _resolved(config: TrainConfig, tokens: Tokens) -> ModelConfig | BaselineConf
 
 
 def _require_possible(job: _Job) -> None:
-    """Refuse a precision that the machine hasn't got, and a batch that the ranks don't divide."""
+    """Refuse a precision that the machine hasn't got, and what can't be done with the batch or the blocks."""
     recipe, devices = job.recipe, job.layout.devices
+    if job.layout.checkpointing != "none" and not job.calls_blocks:
+        raise blocks_stay_as_they_are(job.model.kind)
     if recipe.precision == "bf16" and not job.machine.peak_bf16:
         raise ConfigError(f"{job.machine.name} has no fast bf16", where="--precision bf16", fix="use auto or fp32")
     if devices < 1:
@@ -224,7 +233,7 @@ def _step_flops(job: _Job, frames: int) -> tuple[Flops, int]:
 
 def _memory(job: _Job) -> Memory:
     """Of the fullest step: short sequences have more start ids."""
-    data, layout = job.recipe.data, job.layout
+    model, data, layout = job.model, job.recipe.data, job.layout
     shape = StepShape(
         batch=1,
         positions=1,
@@ -234,12 +243,11 @@ def _memory(job: _Job) -> Memory:
         checkpointing=layout.checkpointing,
         fused_norm=job.machine.fused_norm,
     )
-    if not isinstance(job.model, ModelConfig):
-        return baseline_memory(job.model, shape)
     found = []
     for frames in (data.frames, data.short_frames) if data.short_steps else (data.frames,):
         batch, positions = job.sequences(frames, job.recipe.micro_batch)
-        found.append(training_memory(job.model, replace(shape, batch=batch, positions=positions)))
+        read = replace(shape, batch=batch, positions=positions)
+        found.append(training_memory(model, read) if isinstance(model, ModelConfig) else baseline_memory(model, read))
     return max(found, key=lambda memory: memory.total)
 
 
@@ -263,6 +271,7 @@ def _changes(job: _Job, room: int) -> Iterator[str]:
     again = [
         _Change(words=f"--parallel.checkpointing {kept}", layout={"checkpointing": kept})
         for kept in ("selective", "full")
+        if job.calls_blocks
     ]
     smaller = [
         _Change(words=f"--micro-batch {n}", recipe={"micro_batch": n})
@@ -301,12 +310,23 @@ def _notes(job: _Job) -> Iterator[str]:
     if job.model.kind != "mamba":
         yield "attention: only pairs of positions that may attend are counted; all pairs would be nearly twice as many"
     if job.layout.strategy != "ddp":
-        yield "sharded memory: two blocks gathered at a time, one with its gradient; worked out, not measured"
-    if machine.fused_norm and isinstance(job.model, ModelConfig):
-        yield "RMSNorm as one kernel that keeps its input only; worked out, not measured"
+        gathered = (
+            "two blocks gathered at a time, one with its gradient" if job.calls_blocks else "all weights gathered"
+        )
+        yield f"sharded memory: {gathered}; worked out, not measured"
     if not isinstance(job.model, ModelConfig):
-        yield f"memory: weights, gradients and moments alone; what is kept of {job.model.kind}'s blocks isn't known"
-        if share := uncounted_share(job.model):
-            yield f"the scan's operations, element by element, aren't counted: {share:.1%} of those of the forward pass"
-    elif note := note_on(job.model):
+        yield from _notes_on_baseline(job, job.model)
+        return
+    if machine.fused_norm:
+        yield "RMSNorm as one kernel that keeps its input only; worked out, not measured"
+    if note := note_on(job.model):
         yield note
+
+
+def _notes_on_baseline(job: _Job, model: BaselineConfig) -> Iterator[str]:
+    if not memory_is_known(model):
+        yield "memory: weights, gradients and moments alone; what transformers' scan keeps isn't known"
+    elif job.machine.fused_norm:
+        yield f"memory of {model.kind}'s blocks on a GPU: worked out, not measured"
+    if share := uncounted_share(model):
+        yield f"the scan's operations, element by element, aren't counted: {share:.1%} of those of the forward pass"

@@ -85,3 +85,8 @@ class MambaConfig(BackboneConfig):
     def step_rank(self) -> int:
         """Rank of the matrix that gives the step sizes."""
         return math.ceil(self.width / 16)
+
+    @property
+    def calls_blocks(self) -> bool:
+        """Whether the model calls its blocks; our own scan takes the blocks' parts."""
+        return self.scan == "transformers"

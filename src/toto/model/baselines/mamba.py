@@ -107,7 +107,7 @@ class Mamba(CausalModel):
     @property
     def calls_blocks(self) -> bool:
         """Our own scan takes the blocks' parts."""
-        return self.config.scan == "transformers"
+        return self.config.calls_blocks
 
     def trunk(
         self,

@@ -36,9 +36,15 @@ def selective_scan(
     parts: list[Tensor] = []
     for each_u, each_dt, each_b, each_c in zip(*chunks, strict=True):
         chunk = (each_u, each_dt, each_b, each_c, a, state)
-        out, state = checkpoint(_scan_chunk, *chunk, use_reentrant=False) if again else _scan_chunk(*chunk)
+        out, state = _again(*chunk) if again else _scan_chunk(*chunk)
         parts.append(out)
     return torch.cat(parts, dim=1), state
+
+
+def _again(*chunk: Tensor) -> tuple[Tensor, Tensor]:
+    """`_scan_chunk`, computed once more in the backward pass; nothing in it is drawn."""
+    found: tuple[Tensor, Tensor] = checkpoint(_scan_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+    return found
 
 
 def _scan_chunk(u: Tensor, dt: Tensor, b: Tensor, c: Tensor, a: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

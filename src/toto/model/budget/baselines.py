@@ -1,4 +1,4 @@
-"""Operations and memory of the baselines' training steps, from the structure alone.
+"""Operations of the baselines' training steps, from the structure alone.
 
 As in `toto.model.budget.flops`, matrix products and attention are counted. Mamba's scan is element by element but for
 the product that reads its states; how much that leaves out is `uncounted_share`.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from toto.model.baselines.config import GPT2Config, MambaConfig
 from toto.model.budget.flops import Flops, Scores
-from toto.model.budget.memory import Memory, StepShape
-from toto.model.budget.parameters import parameter_table
 
 SCAN_OPERATIONS = 6  # of a state's number, forward: its step times A, exp, its input times B, and the recurrence
 
@@ -30,24 +28,6 @@ def baseline_flops(config: BaselineConfig, *, batch: int, positions: int, scores
         forward, scores_again = _mamba(config, tokens) | output, 0
     backward = {part: 2 * count for part, count in forward.items()}
     return Flops(forward=forward, backward=backward, scores_again=scores_again)
-
-
-def baseline_memory(config: BaselineConfig, shape: StepShape) -> Memory:
-    """The least that a rank holds: weights, moments, and at the end of the backward pass all gradients.
-
-    Activations and the loss aren't known: these blocks are transformers', and what autograd keeps of them is theirs.
-    """
-    weights = 4 * parameter_table(config)["total"] // shape.shards
-    return Memory(
-        weights=weights,
-        gradients=weights,
-        optimizer=2 * weights,
-        copies=0,
-        activations=0,
-        logits=0,
-        workspace=0,
-        moment="end",
-    )
 
 
 def uncounted_share(config: BaselineConfig) -> float:

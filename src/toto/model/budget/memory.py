@@ -11,12 +11,13 @@ Symbols: E bytes of a number in the compute precision, 4 those of fp32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from toto.model.blockwise import most_scores
 from toto.model.budget.parameters import parameter_table
-from toto.model.config import ModelConfig
+from toto.model.config import BackboneConfig, ModelConfig
 from toto.model.fused import ROWS_OF_A_CAST
 
 Checkpointing = Literal["none", "selective", "full"]
@@ -88,16 +89,53 @@ class StepShape:
 
 def training_memory(config: ModelConfig, shape: StepShape) -> Memory:
     """Bytes on one rank at the fullest moment of a step."""
+    return fullest(config, shape, {moment: _at(moment, config, shape) for moment in MOMENTS})
+
+
+def fullest(config: BackboneConfig, shape: StepShape, moments: Mapping[Moment, Mapping[str, int]]) -> Memory:
+    """The fullest of some moments, each given by what there is beside weights and optimizer's moments."""
     weights = parameter_table(config)["total"]
     held = {"weights": 4 * weights // shape.shards, "optimizer": 8 * weights // shape.shards}
-    moments = {name: _at(name, config, shape) for name in MOMENTS}
-    fullest = max(MOMENTS, key=lambda name: sum(moments[name].values()))
-    return Memory(moment=fullest, **held, **moments[fullest])
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    return Memory(moment=moment, **held, **moments[moment])
+
+
+def code_logits(config: BackboneConfig, shape: StepShape) -> int:
+    """Bytes of the logits that exist at a time, where codes are predicted."""
+    return (2 if shape.bf16 else 4) * _rows(shape) * config.vocabulary
+
+
+def loss_workspace(config: BackboneConfig, shape: StepShape, hidden: int) -> int:
+    """Bytes of the gradient of the hidden states, and of what some rows give to it and to the weight's.
+
+    Args:
+        config: of a model that predicts codes.
+        shape: of the step.
+        hidden: bytes of a number of the hidden states.
+    """
+    E, D, V = 2 if shape.bf16 else 4, config.width, config.vocabulary
+    of_hidden, of_weight = E * D * _rows(shape), (2 + 4 if shape.bf16 else 4) * V * D
+    cast = E * D * _rows(shape) if hidden != E else 0
+    return hidden * D * shape.batch * shape.positions + cast + max(of_hidden, of_weight, 8 * SOFTMAX_ROWS * V)
+
+
+def autocast_copies(shape: StepShape, moment: Moment, *, layers: int, block: int, head: int) -> int:
+    """Bytes of bf16 copies of weights, of which a block has `block`, where autocast makes them.
+
+    It keeps them until the forward pass is over; autograd until their product's gradient is there, or, where blocks
+    are computed again, for one block at a time.
+    """
+    if not shape.bf16 or moment == "end":
+        return 0
+    if moment == "loss":
+        return 2 * (layers * block + head)
+    return 2 * block * (1 if moment == "first block" or shape.checkpointing != "none" else layers)
 
 
 def _at(moment: Moment, config: ModelConfig, shape: StepShape) -> dict[str, int]:
     """Bytes by category at one moment, without what is always held."""
     table, tokens, codes = parameter_table(config), shape.batch * shape.positions, config.targets == "codes"
+    E = 2 if shape.bf16 else 4
     block = (table["attention"] + table["mlp"]) // config.layers
     head = config.outputs * config.width
     embedding = table["total"] - block * config.layers - (0 if config.tie_embeddings else head)
@@ -117,7 +155,7 @@ def _at(moment: Moment, config: ModelConfig, shape: StepShape) -> dict[str, int]
     gradients = table["total"] if shape.accumulates else new.get(moment, table["total"])
     again = 4 * head if shape.accumulates and codes else 0  # of the output layer, beside what it is added to
     made: dict[Moment, tuple[int, int, int]] = {  # activations, logits, workspace
-        "loss": (through, _logits(config, shape), again + (_at_the_loss(config, shape) if codes else 0)),
+        "loss": (through, _logits(config, shape), again + (loss_workspace(config, shape, E) if codes else 0)),
         "last block": (config.layers * kept + angles, 0, inside),
         "first block": (kept + angles, 0, inside),
         "end": (0, 0, 4 * embedding if shape.accumulates else 0),
@@ -136,14 +174,7 @@ def _logits(config: ModelConfig, shape: StepShape) -> int:
     """Bytes of the logits that exist at a time; predicted pixels, their squared errors and gradients all do."""
     if config.targets == "pixels":
         return 16 * config.outputs * shape.batch * shape.positions
-    return (2 if shape.bf16 else 4) * _rows(shape) * config.outputs
-
-
-def _at_the_loss(config: ModelConfig, shape: StepShape) -> int:
-    """Bytes of the hidden states' gradient, and of the part of the weight's gradient that some rows give."""
-    E, tokens = 2 if shape.bf16 else 4, shape.batch * shape.positions
-    part = (2 + 4 if shape.bf16 else 4) * config.outputs * config.width
-    return E * config.width * tokens + max(part, 8 * SOFTMAX_ROWS * config.outputs)
+    return code_logits(config, shape)
 
 
 def _rows(shape: StepShape) -> int:
@@ -187,29 +218,23 @@ def _outside_saved(config: ModelConfig, shape: StepShape) -> int:
 def _copies(config: ModelConfig, shape: StepShape, moment: Moment, block: int, head: int) -> int:
     """Bytes of weights as matrix products take them.
 
-    Matrices are copied to bf16; autograd keeps those until their product's gradient is there, or, where blocks are
-    computed again, for one block at a time. A processor casts most of them again where they have many rows. Sharded
-    weights are gathered: the outer ones, and two blocks at a time, of which one has its gradient, in the compute
-    precision and in fp32.
+    Matrices are copied to bf16. A processor keeps a copy until its product's gradient is there, which a GPU's autocast
+    does for longer; most of them it casts again where they have many rows. Sharded weights are gathered: the outer
+    ones, and two blocks at a time, of which one has its gradient, in the compute precision and in fp32.
     """
     E = 2 if shape.bf16 else 4
     if shape.shards > 1:
         outer = head + (0 if config.tie_embeddings else config.embedded_ids * config.width)
         return E * outer + (2 * E + E + 4) * block
-    if not shape.bf16:
-        return 0
-    if shape.accumulates and not shape.fused_norm:  # one copy of each for all passes of a step
+    by_autocast = autocast_copies(shape, moment, layers=config.layers, block=block, head=head)
+    if shape.fused_norm or not shape.bf16:
+        return by_autocast
+    if shape.accumulates:  # one copy of each for all passes of a step
         return 2 * (config.layers * block + (head if moment == "loss" else 0))
-    if moment == "end":
-        return 0
-    if shape.checkpointing == "none" and not shape.fused_norm and shape.batch * shape.positions >= ROWS_OF_A_CAST:
+    if shape.checkpointing == "none" and shape.batch * shape.positions >= ROWS_OF_A_CAST and moment != "end":
         now = head if moment == "loss" else config.width * config.mlp_hidden
         return 2 * (now + (1 if moment == "first block" else config.layers) * config.width**2)
-    if moment == "loss":  # autocast itself, which GPUs' products go by, keeps them until the forward pass is over
-        blocks = 0 if shape.checkpointing != "none" and not shape.fused_norm else config.layers
-        return 2 * (blocks * block + head)
-    blocks = 1 if moment == "first block" or shape.checkpointing != "none" else config.layers
-    return 2 * blocks * block
+    return 2 * head if moment == "loss" and shape.checkpointing != "none" else by_autocast
 
 
 def _swiglu_backward(config: ModelConfig, shape: StepShape) -> int:
