@@ -41,6 +41,27 @@ def test_copies_under_other_names_are_found_in_files_and_rows(tmp_path):
     assert shared_content(test.items, held.items) == {}
 
 
+@pytest.mark.parametrize(("kind", "said"), [("image", "0 GB"), ("video", "2 videos")])
+def test_pixels_of_very_large_sets_are_not_decoded_beforehand(kind, said, tmp_path, monkeypatch, capsys):
+    make = make_photo if kind == "image" else make_video
+    suffix = "jpg" if kind == "image" else "mp4"
+    make(tmp_path / "train" / "a" / f"0.{suffix}", number=1)
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    file = tmp_path / "test" / "a" / f"1.{suffix}"
+    file.write_bytes(
+        (tmp_path / "train" / "a" / f"0.{suffix}").read_bytes() + b"\0"
+    )  # another file that shows the same
+    sides = [catalog_clips(str(tmp_path / name), frames=1, stride=1) for name in ("train", "test")]
+    with pytest.raises(ConfigError, match="their pixels are equal"):
+        require_apart(*sides)
+    monkeypatch.setattr(overlap, "MOST_BYTES", 100)
+    monkeypatch.setattr(overlap, "MOST_VIDEOS", 1)
+    capsys.readouterr()
+    require_apart(*sides)
+    line = f"{said} of training and test items: their bytes differ, and their pixels are not compared"
+    assert line in capsys.readouterr().err
+
+
 def test_other_seconds_of_a_video_are_another_item(tmp_path):
     (tmp_path / "v.mp4").write_bytes(b"some video")
 

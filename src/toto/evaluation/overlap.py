@@ -11,22 +11,27 @@ from toto.media.decode import declared_size
 from toto.media.reading import open_item, stream_item
 from toto.runtime.errors import ConfigError, MediaError
 from toto.runtime.places import sha256_at
-from toto.runtime.progress import Progress
+from toto.runtime.progress import Progress, say
 from toto.runtime.remote import RemotePath
 
 SMALL = 16_384  # bytes; a header takes nearly as long to read as such an image to decode
+MOST_BYTES = 4_000_000_000  # of images whose pixels are compared: some minutes of decoding
+MOST_VIDEOS = 10_000  # likewise
 OPENING = 64  # frames: more than titles last that many videos begin with
 Content = tuple[str, float, float]
 Look = Callable[[Item], bytes | None]  # what an item shows, or a part of it; None where it can't be read
 
 
 def require_apart(train: LabelledClips, test: LabelledClips) -> None:
-    """Refuse test items that are training items, too.
+    """Refuse test items that are training items, too; pixels are compared of so many items as take minutes.
 
     Raises:
         ConfigError: names how many, the first, and what of them is equal.
     """
     for what, find in (("bytes", shared_content), ("pixels", shared_pixels)):
+        if what == "pixels" and (much := _too_much((*train.items, *test.items))):
+            say(f"{much} of training and test items: their bytes differ, and their pixels are not compared")
+            return
         found = find(train.items, test.items)
         if found:
             first, other = next(iter(found.items()))
@@ -36,6 +41,14 @@ def require_apart(train: LabelledClips, test: LabelledClips) -> None:
                 where=test.name,
                 fix="remove them, or add --allow-overlap",
             )
+
+
+def _too_much(items: Sequence[Item]) -> str:
+    """How much there is, where it is too much to be decoded beforehand."""
+    if items and items[0].kind == "video":
+        return f"{len(items):,} videos" if len(items) > MOST_VIDEOS else ""
+    size = sum(item.size for item in items)
+    return f"{size / 1e9:,.0f} GB" if size > MOST_BYTES else ""
 
 
 def shared_content(train: Iterable[Item], test: Iterable[Item]) -> dict[str, str]:
