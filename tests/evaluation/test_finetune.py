@@ -320,6 +320,11 @@ def test_what_does_not_fit_is_refused(checkpoint, tokenizer, pictures, tmp_path)
         ({"micro_batch": 3}, "no multiple"),
         ({"layer_decay": 0.0}, "0 .. 1"),
         ({"validation": 1.0}, "between 0 and 1"),
+        ({"head_rate": float("nan")}, "--head-rate: must be positive, is nan"),
+        ({"next_token_weight": -1.0}, "--next-token-weight: must not be negative"),
+        ({"label_smoothing": 1.0}, "--label-smoothing"),
+        ({"rope_base": 1.0}, "--rope-base: must be above 1"),
+        ({"timeout": float("nan")}, "--timeout: must be positive"),
     ):
         with pytest.raises(ConfigError, match=match):
             replace(QUICK, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -114,12 +115,18 @@ class FinetuneConfig:
             raise ConfigError(f"{self.batch} is no multiple of {self.micro_batch}", where="--micro-batch")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"must lie in 0 .. 1, is {self.layer_decay}", where="--layer-decay")
-        if self.timeout <= 0:
+        if not self.timeout > 0:
             raise ConfigError(f"must be positive, is {self.timeout}", where="--timeout")
         if self.stored_views < 0:
             raise ConfigError(f"must not be negative, is {self.stored_views}", where="--stored-views")
-        if self.head_rate <= 0 or self.next_token_weight < 0:
-            raise ConfigError("head_rate must be positive and next_token_weight not negative", where="rates")
+        if not 0 < self.head_rate < math.inf:
+            raise ConfigError(f"must be positive, is {self.head_rate}", where="--head-rate")
+        if not 0 <= self.next_token_weight < math.inf:
+            raise ConfigError(f"must not be negative, is {self.next_token_weight}", where="--next-token-weight")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"must lie in 0 .. 1, is {self.label_smoothing}", where="--label-smoothing")
+        if self.rope_base is not None and not 1 < self.rope_base < math.inf:
+            raise ConfigError(f"must be above 1, is {self.rope_base}", where="--rope-base")
         if not 0 < self.validation < 1:
             raise ConfigError(f"must lie between 0 and 1, is {self.validation}", where="--validation")
         if self.layers is not None and not self.layers:

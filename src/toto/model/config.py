@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -119,7 +120,7 @@ class ModelConfig(BackboneConfig):
                 where="model.heads",
                 fix="change one",
             )
-        if self.rope_base <= 1:
+        if not 1 < self.rope_base < math.inf:
             raise ConfigError(f"must be above 1, is {self.rope_base}", where="model.rope_base")
         if self.inputs == "patches":
             if self.tie_embeddings:

@@ -62,7 +62,7 @@ class ParallelConfig:
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.timeout <= 0:
+        if not self.timeout > 0:
             raise ConfigError(f"must be positive, is {self.timeout}", where="--parallel.timeout")
 
 
