@@ -11,6 +11,7 @@ from conftest import make_photo, make_video
 from toto.evaluation.backbones.pixels import PixelBackbone
 from toto.evaluation.labelled import catalog_clips, extract, procedural_clips, split_by_share
 from toto.evaluation.probe import Features, ProbeConfig, best_by_layer, chosen, train_probes
+from toto.evaluation.read_out import probe
 from toto.media.procedural import MOTIONS
 from toto.runtime.errors import ConfigError
 
@@ -117,3 +118,28 @@ def test_a_split_holds_back_some_of_every_class_and_shares_nothing():
     assert test.read(4).source == test.ids[4]
     with pytest.raises(ConfigError, match="between 0 and 1"):
         split_by_share(clips, 1.5, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rates": (1e-3, float("nan"))}, "--rates: must be positive, is nan"),
+        ({"rates": (0.0,)}, "--rates: must be positive"),
+        ({"rates": (float("inf"),)}, "--rates: must be positive"),
+        ({"decays": (-1.0,)}, "--decays: must be 0 or more"),
+    ],
+)
+def test_rates_and_decays_are_numbers_that_can_be(options, match):
+    with pytest.raises(ConfigError, match=match):
+        replace(QUICK, **options)
+
+
+def test_classes_are_looked_at_before_anything_is_computed():
+    clips = procedural_clips(0, 24, frames=2, size=16)
+    alone = clips.subset([number for number, label in enumerate(clips.labels) if label != 2] + [clips.labels.index(2)])
+    for train, match in (
+        (alone, f"fewer than two training items of class {clips.classes[2]}"),
+        (replace(clips, classes=clips.classes[:1], labels=(0,) * len(clips.labels)), "has one class"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            probe(PixelBackbone(size=16, grid=4, frames=2), train, clips, config=QUICK)

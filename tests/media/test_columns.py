@@ -157,3 +157,14 @@ def test_sources_without_columns_refuse_their_names(tmp_path, photos):
         open_source(str(tmp_path / "l.txt"), label_column="x")
     with pytest.raises(ConfigError, match="--image-column x: kinetics has no such column"):
         open_source(f"kinetics:{tmp_path}/l.txt", image_column="x", label_column="y")
+
+
+def test_a_heading_of_paths_and_labels_is_no_item_and_a_negative_label_is_none(tmp_path):
+    make_photo(tmp_path / "a.jpg")
+    (tmp_path / "t.csv").write_text("path,label\na.jpg,cat\n")
+    assert [(item.id, item.label) for item in open_source(str(tmp_path / "t.csv")).items] == [("a.jpg", "cat")]
+    (tmp_path / "n.csv").write_text("a.jpg,-1\n")
+    assert [item.label for item in open_source(str(tmp_path / "n.csv")).items] == [None]
+    (tmp_path / "e.csv").write_text("\n")
+    with pytest.raises(ConfigError, match="is empty"):
+        open_source(str(tmp_path / "e.csv"))

@@ -56,8 +56,9 @@ def run(words: list[str]) -> bool:
     options = parse(Options, words, verb="predict")
     if not options.files:
         raise ConfigError("no files are given", where="toto predict", fix="name images, videos or folders")
-    if options.top < 1:
-        raise ConfigError(f"must be at least 1, is {options.top}", where="--top")
+    for name in ("top", "batch"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"must be at least 1, is {getattr(options, name)}", where=f"--{name}")
     device = pick_device(options.device)
     loaded = load_classifier(options.checkpoint, device=device)
     views = loaded.card.views

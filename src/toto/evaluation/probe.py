@@ -67,6 +67,10 @@ class ProbeConfig:
         for name in ("pools", "rates", "decays"):
             if not getattr(self, name):
                 raise ConfigError("needs at least one value", where=f"--{name}")
+        for name, least in (("rates", math.ulp(0.0)), ("decays", 0.0)):
+            wrong = [value for value in getattr(self, name) if not least <= value < math.inf]
+            if wrong:
+                raise ConfigError(f"must be {'positive' if least else '0 or more'}, is {wrong[0]}", where=f"--{name}")
         for name in ("epochs", "batch", "heads", "queries"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"must be at least 1, is {getattr(self, name)}", where=f"--probe.{name}")

@@ -86,6 +86,7 @@ def probe(
     task: str = "probe",
 ) -> Result:
     """Probe every layer of a backbone with all heads; the record names the layer the validation slice chose."""
+    _require_classes(train)
     how = data or ProbeData()
     if config.layers:
         backbone.select(config.layers)
@@ -107,6 +108,17 @@ def probe(
             for clips, augmentation in zip((train, test), views, strict=True)
         ]
     return probe_sides(backbone, *sides, config=config, data=how, task=task)
+
+
+def _require_classes(train: LabelledClips) -> None:
+    """Refuse, before anything is computed, classes that can't be learnt and chosen for."""
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    if len(counts) < 2:
+        raise ConfigError(f"has one class, {train.classes[0]}", where=train.name, fix="give two, or more")
+    few = [name for name, count in zip(train.classes, counts, strict=False) if count < 2]
+    if few:
+        what = f"fewer than two training items of class {', '.join(few[:8])}, one of which is held back"
+        raise ConfigError(what, where=train.name, fix="add items, or drop the class")
 
 
 def probe_sides(

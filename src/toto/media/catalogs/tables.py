@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,16 +13,20 @@ from toto.media.decode import IMAGE_ENDINGS, VIDEO_ENDINGS
 from toto.runtime.errors import ConfigError
 from toto.runtime.remote import RemotePath
 
+NEGATIVE = re.compile(r"-\d+")
 KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")
 ID_COLUMNS = ("video_id", "vid", "youtube_id", "id")
 LABEL_COLUMNS = ("label", "category_1")
+PATH_HEADINGS = {"path", "file", "filename", "file_name", "image", "video"}
+LABEL_HEADINGS = {"label", "class", "category"}
 
 
 def kinetics(path: Path | RemotePath, clips: Path | RemotePath, *, label_column: str | None = None) -> Catalog:
     """Kinetics' own CSV (label, youtube_id, time_start, time_end, split), or `path label` a line.
 
-    The label is a word or a whole number, after the last space (or comma). Clips of the CSV are looked for as
-    `ID_SSSSSS_EEEEEE` and `ID`, in folders of classes or not, with any ending of a video.
+    The label is a word or a whole number, after the last space (or comma); a negative one is none, and a heading
+    `path label` is skipped. Clips of the CSV are looked for as `ID_SSSSSS_EEEEEE` and `ID`, in folders of classes or
+    not, with any ending of a video.
     """
     first = next((words for _, words in _rows(path)), [])
     official = set(KINETICS_COLUMNS) <= set(first)
@@ -57,12 +62,15 @@ def _official(path: Path | RemotePath, clips: Path | RemotePath, labelled: str) 
 
 def _paths_and_labels(path: Path | RemotePath, clips: Path | RemotePath) -> Catalog:
     entries = Entries("kinetics")
-    for line, text in _lines(path):
+    for place, (line, text) in enumerate(_lines(path)):
+        if not place and _is_heading(text):
+            continue
         name, separator, label = text.rpartition(" ") if " " in text else text.rpartition(",")
         if not separator or not name.strip() or not label:
             raise bad_line(path, line, f"{text[:60]!r} is no path and label with a space between them")
         name = name.strip().strip('"')
-        entries.add(name, relative_to_clips(name, clips, path), line=line, label=label)
+        known = None if NEGATIVE.fullmatch(label.strip()) else label
+        entries.add(name, relative_to_clips(name, clips, path), line=line, label=known)
     return entries.catalog()
 
 
@@ -110,14 +118,24 @@ def kind_of_text(path: Path | RemotePath) -> str:
         return "kinetics"
     if columns & set(ID_COLUMNS):
         return "howto100m"
+    if not line:
+        raise ConfigError("is empty", where=path, fix="name a list with a file a line")
+    if _is_heading(line):
+        return "kinetics"
     before_label = line.rpartition(" ")[0] or line.rpartition(",")[0]
     if _is_media(line.partition("\t")[0]):
         return "list"
     if _is_media(before_label.strip().strip('"')):
         return "kinetics"
-    if line and " " not in line and "/" not in line:
+    if " " not in line and "/" not in line:
         return "howto100m"
     raise ConfigError("nobody knows this kind of list", where=path, fix=f"write KIND:{path}, as list:{path}")
+
+
+def _is_heading(line: str) -> bool:
+    """Whether a line says `path label` instead of a path and a label."""
+    words = line.lower().replace(",", " ").replace('"', " ").split()
+    return len(words) == 2 and words[0] in PATH_HEADINGS and words[1] in LABEL_HEADINGS
 
 
 def _is_media(name: str) -> bool:
