@@ -53,7 +53,10 @@ def test_one_command_trains_reads_out_and_compares(tmp_path, tokenizer_folder, c
     words += ["--coarse.model.width", 32, "--coarse.model.layers", 1, "--coarse.model.heads", 2]
     words += ["--coarse.model.mlp-hidden", 48, "--read-out.epochs", 1, "--read-out.batch", 4]
     words += ["--read-out.micro-batch", 4, "--read-out.head.heads", 2, "--read-out.stored-views", 1]
-    capsys.readouterr()
+    same = [str(word).replace(f"image:{tmp_path}/fine", f"image:{tmp_path}/coarse") for word in words]
+    assert main(["study", "table4-small", *same]) == 2
+    assert "no more than the 2 x 2 of --coarse; tokenize at a larger --size" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
     assert main(["study", "table4-small", *map(str, words)]) == 0
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "study" / "study.json").read_text())["arms"]

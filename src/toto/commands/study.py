@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,12 @@ def run(words: list[str]) -> None:
     stores[0].passport.require_tokenizer(
         stores[1].passport, where=str(fine.path), fix="tokenize both with one tokenizer"
     )
-    found = arms(
-        study,
-        vocabulary=sequence_vocabulary(stores[0].passport.vocab_size),
-        coarse=_grid(stores[0]),
-        fine=_grid(stores[1]),
-    )
+    grids = _grid(stores[0]), _grid(stores[1])
+    if math.prod(grids[1]) <= math.prod(grids[0]):
+        what = "has {} x {} codes, no more than the {} x {} of --coarse".format(*grids[1], *grids[0])
+        raise ConfigError(what, where=f"--fine {options.fine}", fix="tokenize at a larger --size")
+    vocabulary = sequence_vocabulary(stores[0].passport.vocab_size)
+    found = arms(study, vocabulary=vocabulary, coarse=grids[0], fine=grids[1])
     write_provenance(options.out, study)
     rows = []
     for arm in found:
